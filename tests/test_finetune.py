@@ -1,0 +1,508 @@
+"""Fine-tuning: the losses, what is learned in every precision, checkpoints to the last bit, and one clear error for each mistake."""
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+
+from parallel_rescale import dco
+from parallel_rescale.dco import dco_loss, dreambooth_loss, finetune, min_snr_weight, recommended, training_log
+from parallel_rescale.subject import as_references
+from parallel_rescale.subject_folder import Subject
+from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
+from parallel_rescale.world import reference_set
+
+CAT = dict(class_noun="cat", token="<pixel>")
+QUICK = "from parallel_rescale import dco; dco.SAMPLE_STEPS, dco.SAMPLE_PROMPTS = 1, dco.SAMPLE_PROMPTS[:1]; import torch; torch.set_num_threads(1)\n"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(dco, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+
+
+@pytest.fixture(scope="module")
+def references():
+    return as_references(reference_set("pixel_the_cat", "{subject}"))
+
+
+def settings_of(**changed):
+    "All settings of `finetune`, resolved."
+    parameters = inspect.signature(finetune).parameters.values()
+    given = {p.name: p.default for p in parameters if p.name != "images"} | CAT | dict(output="unused") | changed
+    return dco.resolve(given)
+
+
+def prepared(references, **changed):
+    "A run ready for its first step, without an output folder."
+    s = settings_of(**changed)
+    s.num_processes = 1
+    run = dco.load_run(references, s, Accelerator())
+    dco.prepare(run)
+    return run
+
+
+def weights(folder):
+    return {f"{file}:{k}": v for file in ("pytorch_lora_weights", "learned_embeds") if (Path(folder) / f"{file}.safetensors").exists()
+            for k, v in load_file(Path(folder) / f"{file}.safetensors").items()}
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and a
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+# losses
+
+errors = st.lists(st.floats(0.0, 2.0, width=32), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(errors, st.floats(1.0, 2000.0))
+def test_dco_is_a_mean_over_samples(model, beta):
+    model = torch.tensor(model, dtype=torch.float64)
+    reference = model.flip(0) * 0.9
+    one_by_one = torch.stack([dco_loss(m[None], r[None], beta) for m, r in zip(model, reference)]).mean()
+    torch.testing.assert_close(dco_loss(model, reference, beta), one_by_one)
+
+
+def test_dco_limits():
+    m = torch.tensor([0.1, 0.3], requires_grad=True)
+    assert dco_loss(m, m.detach(), 1000.0).item() == pytest.approx(math.log(2))
+    dco_loss(m, m.detach(), 1000.0).backward()
+    torch.testing.assert_close(m.grad, torch.full((2,), 1000.0 / 2 / 2))       # β σ(0) = β/2, over two samples
+    far = torch.tensor([5.0])
+    assert dco_loss(far, far - 1, 1000.0) == 1000 and dco_loss(far - 1, far, 1000.0) == 0    # linear, and at rest; never inf
+
+
+def test_dreambooth_and_min_snr():
+    error, snr = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 20.0])
+    assert dreambooth_loss(error) == 2
+    torch.testing.assert_close(min_snr_weight(snr), torch.tensor([1.0, 0.25]))
+    torch.testing.assert_close(min_snr_weight(snr, prediction_type="v_prediction"), torch.tensor([0.5 / 1.5, 5 / 21]))
+    torch.testing.assert_close(dreambooth_loss(error, min_snr_weight(snr)), torch.tensor((1 + 0.75) / 2))
+
+
+# text
+
+def test_embed_equals_the_pipeline():
+    pipe, prompts = load_tiny_sdxl(device="cpu"), ["a photo of a cat", "", "a neon sign of a house in the snow"]
+    made, (hidden, _, pooled, _) = dco.embed(pipe, prompts), pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    assert torch.equal(made.hidden, hidden) and torch.equal(made.pooled, pooled)
+
+
+def test_a_new_token_starts_as_its_noun_and_changes_nothing_else():
+    pipe = load_tiny_sdxl(device="cpu")
+    before = dco.embed(pipe, ["a photo of a cat in the snow"])
+    rows = [dco.add_token(*pair, "<pixel>", "cat") for pair in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))]
+    noun, token = (dco.embed(pipe, [f"a photo of a {w} in the snow"]) for w in ("cat", "<pixel>"))
+    for made in (noun, token): assert torch.equal(made.hidden, before.hidden) and torch.equal(made.pooled, before.pooled)
+    for row in rows: row.data += 1
+    noun, token = (dco.embed(pipe, [f"a photo of a {w} in the snow"]) for w in ("cat", "<pixel>"))
+    assert torch.equal(noun.hidden, before.hidden) and not torch.equal(token.hidden, before.hidden) and not torch.equal(token.pooled, before.pooled)
+
+
+def test_several_words_give_their_mean():
+    pipe = load_tiny_sdxl(device="cpu")
+    ids = pipe.tokenizer("brick wall", add_special_tokens=False).input_ids
+    assert len(ids) >= 2
+    expected = pipe.text_encoder.get_input_embeddings().weight[ids].mean(0, keepdim=True)
+    torch.testing.assert_close(dco.add_token(pipe.tokenizer, pipe.text_encoder, "<x>", "brick wall").data, expected)
+
+
+@pytest.mark.parametrize("token,words", [("cat</w>", "vocabulary"), ("two words", "space"), ("", "expected a word"), ("<a b>", "space"), ("ctopu", "class noun"), (3, "expected a word")])
+def test_token_errors(token, words, references, tmp_path):
+    pipe = load_tiny_sdxl(device="cpu")
+    with pytest.raises(ValueError, match="token=.*" + words): dco.add_token(pipe.tokenizer, pipe.text_encoder, token, "octopus")
+    with pytest.raises(ValueError, match="token="): finetune(references, class_noun="octopus", token=token, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pooling_at_the_end_of_text_survives_a_new_token():
+    pipe = load_tiny_sdxl(device="cpu")
+    pipe.tokenizer_2.add_tokens(["<x>"])
+    pipe.text_encoder_2.resize_token_embeddings(len(pipe.tokenizer_2), mean_resizing=False)
+    right = dco.embed(pipe, ["a photo of a <x> in the snow"]).pooled
+    for layer in pipe.text_encoder_2.modules():
+        if hasattr(layer, "eos_token_id"): layer.eos_token_id = 2              # as in SDXL's own configuration
+    assert not torch.allclose(dco.embed(pipe, ["a photo of a <x> in the snow"]).pooled, right)
+    dco.pool_at_eos(pipe.tokenizer_2, pipe.text_encoder_2)
+    assert torch.equal(dco.embed(pipe, ["a photo of a <x> in the snow"]).pooled, right)
+
+
+# a step
+
+def gradients(run, step=0):
+    for batch in dco.micro_batches(run, run.data, step): dco.loss_of(run, batch)[0].backward()
+    return [p.grad.clone() for p in run.trained]
+
+
+@pytest.fixture(scope="module")
+def stirred():
+    "LoRA weights that are not the identity any more."
+    def stir(run):
+        generator = torch.Generator().manual_seed(1)
+        for p in run.trained: p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p)    # all of them: they are views of it
+        return run
+    return stir
+
+
+def test_one_call_equals_two(references, stirred):
+    two, one = (stirred(prepared(references, batched=b)) for b in (False, True))
+    for a, b in zip(gradients(two), gradients(one)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_phi_is_the_base_model_and_a_constant(references, stirred):
+    run, untouched = stirred(prepared(references)), load_tiny_sdxl(device="cpu").unet
+    batch = next(dco.micro_batches(run, run.data, 0))
+    subject, base = dco.subject_text(run, batch.source), dco.rows_of(run.text.base, batch.source)
+    for batched in (False, True):
+        theta, phi = dco.theta_and_phi(run.pipe.unet, batch, subject, base, batched)
+        assert theta.requires_grad and not phi.requires_grad
+        with torch.no_grad(): expected = dco.predict(untouched, batch.x_t, batch.t, base, batch.time_ids)
+        torch.testing.assert_close(phi, expected, rtol=1e-4, atol=1e-5)
+        assert (theta - phi).abs().max() > 1e-3
+
+
+def test_gradient_checkpointing_changes_no_gradient(references, stirred):
+    plain, saving = (stirred(prepared(references, gradient_checkpointing=b)) for b in (False, True))
+    assert saving.pipe.unet.training
+    for a, b in zip(gradients(plain), gradients(saving)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut(references):
+    whole = prepared(references, train_batch_size=4)
+    cut = prepared(references, train_batch_size=1, gradient_accumulation_steps=4)
+    logs = [dco.train_step(run, 0) for run in (whole, cut)]
+    for k in logs[0]: assert logs[0][k] == pytest.approx(logs[1][k], rel=1e-4), k
+    moments = [[state["exp_avg"] for state in run.optimizer.state.values()] for run in (whole, cut)]
+    assert moments[0]
+    for a, b in zip(*moments): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_learned_tokens_get_gradients_and_change_in_every_precision(references, precision):
+    run = prepared(references, train_text_encoder_ti=True, mixed_precision=precision, train_batch_size=2, rank=2)
+    before, table = {k: r.detach().clone() for k, r in run.rows.items()}, run.pipe.text_encoder.get_input_embeddings().weight
+    frozen = table.detach().clone()
+    for batch in dco.micro_batches(run, run.data, 0):
+        with dco.autocast(run): loss = dco.loss_of(run, batch)[0]
+        run.scaler.scale(loss).backward()
+    for row in run.rows.values(): assert row.dtype == torch.float32 and row.grad.abs().max() > 0
+    run.optimizer.zero_grad(set_to_none=False)
+    for step in range(3): dco.train_step(run, step)
+    for (key, row), norm in zip(run.rows.items(), run.norms):
+        direction = torch.cosine_similarity(row, before[key]).item()
+        assert direction < 1 - 1e-6, f"{key} did not turn"
+        assert row.norm().item() == pytest.approx(norm, rel=1e-5)
+    assert torch.equal(table, frozen)
+    assert all(p.dtype == torch.float32 for p in run.trained)
+
+
+def test_tokens_alone(references, tmp_path):
+    subject = finetune(references, **CAT, output=tmp_path / "run", rank=0, train_text_encoder_ti=True, max_train_steps=2)
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+    assert set(weights(subject.folder)) == {"learned_embeds:clip_l", "learned_embeds:clip_g"}
+
+
+def test_dreambooth_with_prior_and_snr(references, tmp_path):
+    finetune(references, **CAT, output=tmp_path / "run", loss="dreambooth", prior_loss_weight=0.5, num_class_images=2, snr_gamma=5.0, max_train_steps=2, train_batch_size=2)
+    log = training_log(tmp_path / "run")
+    assert log["step"] == [1, 2] and all(np.isfinite(log["prior"])) and len(list((tmp_path / "run/class_images").iterdir())) == 2
+    assert "beta" not in Subject.load(tmp_path / "run").settings
+    own = finetune(references, **CAT, output=tmp_path / "own", loss="dreambooth", prior_loss_weight=0.5, class_data_dir=tmp_path / "run/class_images",
+                   snr_gamma=5.0, max_train_steps=2, train_batch_size=2)
+    assert_same_weights(tmp_path / "run", own.folder)
+
+
+def test_v_prediction_target(references):
+    run = prepared(references)
+    run.noise_scheduler.register_to_config(prediction_type="v_prediction")
+    batch = next(dco.micro_batches(run, run.data, 3))
+    which, t, eps, noise = dco.draw(4, (4, 16, 16), 4, 1000, 0, 3, 0)
+    clean = dco.sample_latents(run.data.moments[which], eps, run.pipe.vae.config)
+    alpha = run.noise_scheduler.alphas_cumprod[t][:, None, None, None]
+    torch.testing.assert_close(batch.target, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
+    torch.testing.assert_close(batch.x_t, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
+
+
+def test_random_crops(references):
+    wide = as_references([(np.asarray(r.image.resize((96, 64))), r.caption) for r in references])
+    run = prepared(wide, crop="random")
+    assert len(run.data.moments) == 4 * dco.RANDOM_CROPS and run.data.time_ids[:, 3].max() > 0 and run.data.time_ids[:, 2].max() == 0
+    dco.train_step(run, 0)
+
+
+# what is saved
+
+@pytest.fixture(scope="module")
+def trained(references, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dco, "SAMPLE_STEPS", 1)
+        patch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        return finetune(references, **CAT, output=folder, max_train_steps=4, checkpointing_steps=2, train_text_encoder_ti=True, train_batch_size=2,
+                        lr_scheduler="cosine", validation_prompt=["a {subject} in the snow", "a sketch of a <pixel>"], validation_steps=4, report_to="tensorboard")
+
+
+def test_the_saved_folder(trained):
+    folder = Path(trained.folder)
+    names = {p.name for p in folder.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "subject.json", "README.md", "samples", "training_log.jsonl", "logs"} <= names
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl") or p.name.endswith(".part")]
+    assert len(list((folder / "validation").iterdir())) == 2 and (folder / "samples/grid.png").exists()
+    assert list((folder / "logs").rglob("events.out*")) and "samples/grid.png" in (folder / "README.md").read_text()
+    log = training_log(folder)
+    assert log["step"] == [1, 2, 3, 4] and log["loss"][0] == pytest.approx(math.log(2), abs=0.6) and log["lr"][-1] == pytest.approx(0, abs=1e-9)
+    assert trained == Subject.load(folder) and trained.base == TINY_SDXL and trained.settings["rank"] == 8
+
+
+def test_stock_diffusers_loads_the_same_model(trained, references):
+    from diffusers import StableDiffusionXLPipeline
+    run = prepared(references, train_text_encoder_ti=True)
+    dco.load_checkpoint(run, Path(trained.folder) / "checkpoint-4")
+    pipe = StableDiffusionXLPipeline.from_pretrained(TINY_SDXL, torch_dtype=torch.float32)
+    pipe.load_lora_weights(trained.folder)
+    rows = load_file(Path(trained.folder) / "learned_embeds.safetensors")
+    pipe.load_textual_inversion(rows["clip_l"], token="<pixel>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+    pipe.load_textual_inversion(rows["clip_g"], token="<pixel>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    for p in (pipe, run.pipe): p.set_progress_bar_config(disable=True)
+    ours, stock = (p("a photo of a <pixel>", num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images for p in (run.pipe, pipe))
+    plain = load_tiny_sdxl(device="cpu")("a photo of a cat", num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    np.testing.assert_allclose(ours, stock, atol=1e-5)
+    assert np.abs(ours - plain).max() > 1e-3
+
+
+# interruption and resumption
+
+RUN = dict(**CAT, max_train_steps=5, checkpointing_steps=2, train_text_encoder_ti=True, train_batch_size=1, lr_scheduler="linear", rank=2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(references, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dco, "SAMPLE_STEPS", 1)
+        patch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+        return finetune(references, **RUN, output=tmp_path_factory.mktemp("whole") / "run").folder
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_came_before(references, uninterrupted, tmp_path):
+    torch.manual_seed(99); torch.randn(7)
+    finetune(references, **RUN, output=tmp_path / "again")
+    assert_same_weights(uninterrupted, tmp_path / "again")
+    finetune(references, **RUN, output=tmp_path / "other", seed=1)
+    a, b = weights(uninterrupted), weights(tmp_path / "other")
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("which", ["latest", "checkpoint-2", "path"])
+def test_resume_equals_an_uninterrupted_run(references, uninterrupted, tmp_path, which):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for name in ("subject.json", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"): (tmp_path / "run" / name).unlink()
+    finetune(references, **RUN, output=tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-4") if which == "path" else which)
+    assert_same_weights(uninterrupted, tmp_path / "run")
+    assert training_log(tmp_path / "run") == training_log(uninterrupted)
+
+
+def script(output, **more):
+    return QUICK + textwrap.dedent(f"""
+        from parallel_rescale.world import reference_set
+        dco.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{RUN | more!r})
+    """)
+
+
+def start(output, **more):
+    return subprocess.Popen([sys.executable, "-c", script(output, **more)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process, seconds=300):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed(references, tmp_path):
+    "SIGKILL at an arbitrary moment after the first checkpoint; the run is long enough not to be over by then."
+    output, long = tmp_path / "run", dict(max_train_steps=12, checkpointing_steps=3)
+    process = start(output, **long)
+    wait_for(lambda: (output / "checkpoint-3").exists(), process)
+    process.kill()
+    process.communicate()
+    assert not (output / "subject.json").exists()
+    finetune(references, **RUN | long, output=output, resume_from_checkpoint="latest")
+    finetune(references, **RUN | long, output=tmp_path / "whole")
+    assert_same_weights(tmp_path / "whole", output)
+    assert training_log(tmp_path / "whole") == training_log(output)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(references, uninterrupted, tmp_path, monkeypatch):
+    original = dco.train_step
+    def step(run, number):
+        if number == 2: os.kill(os.getpid(), signal.SIGINT)                    # in the midst of the third step
+        return original(run, number)
+    monkeypatch.setattr(dco, "train_step", step)
+    with pytest.raises(KeyboardInterrupt, match="after step 3.*checkpoint-3.*resume_from_checkpoint='latest'"): finetune(references, **RUN, output=tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(dco, "train_step", original)
+    finetune(references, **RUN, output=tmp_path / "run", resume_from_checkpoint="latest")
+    assert_same_weights(uninterrupted, tmp_path / "run")
+
+
+def test_half_a_checkpoint_is_never_taken_for_one(references, tmp_path, monkeypatch):
+    monkeypatch.setattr(dco, "write_json", lambda file, value: (_ for _ in ()).throw(OSError("disk full")) if Path(file).name == "state.json" else None)
+    with pytest.raises(OSError, match="disk full"): finetune(references, **RUN, output=tmp_path / "run")
+    assert dco.checkpoints(tmp_path / "run") == []
+
+
+def test_checkpoint_limit(references, tmp_path):
+    finetune(references, **RUN | dict(checkpointing_steps=1, checkpoints_total_limit=2), output=tmp_path / "run")
+    assert [p.name for p in dco.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
+    assert Subject.load(tmp_path / "run/checkpoint-4").token == "<pixel>"      # a checkpoint is a subject that can be tried
+
+
+def test_a_run_can_be_made_longer(references, tmp_path):
+    short = RUN | dict(lr_scheduler="constant", max_train_steps=2)
+    finetune(references, **short, output=tmp_path / "run")
+    finetune(references, **short | dict(max_train_steps=3), output=tmp_path / "run", resume_from_checkpoint="latest")
+    finetune(references, **short | dict(max_train_steps=3), output=tmp_path / "whole")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resume_errors(references, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    again = lambda images=references, **more: finetune(images, **RUN | dict(output=run, resume_from_checkpoint="latest") | more)
+    for more, words in ((dict(learning_rate=5e-4), r"learning_rate=0.0005 \(was 0.001\)"), (dict(token="<other>"), "token="), (dict(train_batch_size=2), "2 samples a step"),
+                        (dict(resume_from_checkpoint="checkpoint-9"), "checkpoint-2, checkpoint-4"), (dict(max_train_steps=3), "has done 4 steps"),
+                        (dict(images=references[:3]), "fingerprint")):
+        with pytest.raises(ValueError, match=words): again(**more)
+    assert_same_weights(uninterrupted, run)
+
+
+# bad numbers
+
+def test_nan_in_the_base_is_named(references, tmp_path):
+    shutil.copytree(TINY_SDXL, tmp_path / "base")
+    file = tmp_path / "base/unet/diffusion_pytorch_model.safetensors"
+    from safetensors.torch import save_file
+    state = load_file(file)
+    state["mid_block.resnets.0.conv1.bias"][3] = math.nan
+    save_file(state, file, metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match="base=.*mid_block.resnets.0.conv1.bias"): finetune(references, **CAT, base=str(tmp_path / "base"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_stops_names_the_step_and_loses_nothing(references, uninterrupted, tmp_path, monkeypatch, what):
+    original = dco.dco_loss
+    count = [0]
+    def broken(*args):
+        count[0] += 1
+        loss = original(*args)
+        if count[0] != 4: return loss
+        if what == "loss": return loss * math.nan
+        loss.register_hook(lambda grad: grad * math.nan)
+        return loss * 1
+    monkeypatch.setattr(dco, "dco_loss", broken)
+    with pytest.raises(FloatingPointError, match=f"step 4: .*{what}.*saved in .*checkpoint-3"): finetune(references, **RUN, output=tmp_path / "run")
+    monkeypatch.setattr(dco, "dco_loss", original)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run/checkpoint-3").values())
+    finetune(references, **RUN, output=tmp_path / "run", resume_from_checkpoint="latest")
+    assert_same_weights(uninterrupted, tmp_path / "run")
+
+
+# arguments
+
+@pytest.mark.parametrize("change,words", [
+    (dict(loss="dreamboth"), "dreambooth"), (dict(beta=-1.0), "beta=-1.0"), (dict(beta=math.nan), "beta=nan"), (dict(learning_rate=math.inf), "learning_rate=inf"),
+    (dict(rank=0), "nothing is left to train"), (dict(rank=1.5), "rank=1.5"), (dict(max_train_steps=0), "max_train_steps=0"), (dict(seed=-1), "seed=-1"),
+    (dict(loss="dreambooth", beta=10.0), "beta: belongs to the dco"), (dict(snr_gamma=5.0), "snr_gamma"), (dict(prior_loss_weight=1.0), "prior_loss_weight"),
+    (dict(loss="dreambooth", class_data_dir="x"), "class_data_dir"), (dict(validation_steps=3), "validation_prompt"), (dict(validation_prompt="a dog"), "a dog"),
+    (dict(mixed_precision="bf61"), "bf16"), (dict(lr_scheduler="cosin"), "cosine"), (dict(crop="centre"), "center"), (dict(class_noun=""), "class_noun"),
+    (dict(batched=True, gradient_checkpointing=True), "gradient_checkpointing"), (dict(batched=True, loss="dreambooth"), "batched=True"),
+    (dict(target_modules=["to_x"]), "target_modules=.*to_x"), (dict(base="no/such/model/here"), "base='no/such/model/here'"), (dict(resolution=100), "resolution=100"),
+    (dict(text_encoder_lr=1e-3), "text_encoder_lr"), (dict(report_to="tensorbord"), "tensorboard"), (dict(output=__file__), "is a file")])
+def test_argument_errors_come_before_any_work(references, tmp_path, change, words):
+    arguments = CAT | dict(output=tmp_path / "out") | change
+    with pytest.raises(ValueError, match=words): finetune(references, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change,package", [(dict(use_8bit_adam=True), "bitsandbytes"), (dict(report_to="wandb"), "wandb")])
+def test_missing_packages_are_named(references, tmp_path, monkeypatch, change, package):
+    import importlib.util
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.*pip install {package}"): finetune(references, **CAT, output=tmp_path / "out", **change)
+
+
+def test_the_output_of_others_is_safe(references, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis.tex.*overwrite=True"): finetune(references, **CAT, output=tmp_path, max_train_steps=1)
+    with pytest.raises(ValueError, match="thesis.tex"): finetune(references, **CAT, output=tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    finetune(references, **CAT, output=tmp_path, max_train_steps=1, train_batch_size=1, overwrite=True)
+    with pytest.raises(ValueError, match="resume_from_checkpoint='latest'"): finetune(references, **CAT, output=tmp_path, max_train_steps=1)
+    finetune(references, **CAT, output=tmp_path, max_train_steps=2, train_batch_size=1, checkpointing_steps=1, overwrite=True)
+    finetune(references, **CAT, output=tmp_path, max_train_steps=1, train_batch_size=1, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert dco.checkpoints(tmp_path) == [] and training_log(tmp_path)["step"] == [1]
+
+
+def test_recommended_goes_by_size(monkeypatch):
+    assert recommended()["beta"] == 200 and recommended()["rank"] == 8
+    sdxl = dict(sample_size=128, block_out_channels=[320, 640, 1280], addition_embed_type="text_time")
+    monkeypatch.setattr(dco, "unet_config", lambda base: sdxl)
+    large = recommended("stabilityai/stable-diffusion-xl-base-1.0")
+    assert (large["beta"], large["rank"], large["learning_rate"], large["max_train_steps"], large["train_batch_size"]) == (1000, 32, 5e-5, 1000, 1)
+
+
+# the whole path
+
+def test_two_processes_equal_one(references, tmp_path):
+    "Two processes of batch 1 take the steps of one process of batch 2."
+    code = script(tmp_path / "two", train_batch_size=1, max_train_steps=3)
+    file = tmp_path / "run.py"
+    file.write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(file)], capture_output=True,
+                          text=True, timeout=600, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    finetune(references, **RUN | dict(train_batch_size=2, max_train_steps=3), output=tmp_path / "one")
+    assert json.loads((tmp_path / "two/finetune.json").read_text())["num_processes"] == 2
+    one, two = training_log(tmp_path / "one"), training_log(tmp_path / "two")
+    assert one["step"] == two["step"] == [1, 2, 3]
+    np.testing.assert_allclose(one["mse"], two["mse"], rtol=1e-3)
+
+
+def test_a_thread_can_train(references, tmp_path):
+    "Ctrl-C is watched in the main thread alone; elsewhere, as in a widget, training still runs."
+    thread = threading.Thread(target=finetune, args=(references,), kwargs=CAT | dict(output=tmp_path / "run", max_train_steps=1, train_batch_size=1))
+    thread.start(); thread.join()
+    assert (tmp_path / "run/subject.json").exists()
+
+
+def test_real_photographs(tmp_path):
+    "The embedded model has never seen a photograph: this judges the plumbing alone."
+    photos = Path(__file__).resolve().parents[2] / "shared/dreambooth/dog"
+    if not photos.is_dir(): pytest.skip("the photographs are not beside this checkout")
+    subject = finetune(photos, class_noun="dog", token="<dog>", output=tmp_path / "dog", max_train_steps=4, train_text_encoder_ti=True)
+    assert subject.class_noun == "dog" and all(np.isfinite(training_log(subject.folder)["loss"]))
+    from PIL import Image
+    assert np.asarray(Image.open(Path(subject.folder) / "samples/cfg-0.png")).shape == (64, 64, 3)
