@@ -7,7 +7,6 @@
 The ways of taking a step take turns, and each ratio is a median over the turns.
 """
 import argparse
-import inspect
 import platform
 import statistics
 import time
@@ -27,24 +26,12 @@ from parallel_rescale.subject_folder import base_prompt, subject_prompt
 from parallel_rescale.world import reference_set
 
 
-def settings(**changed):
-    "All of `finetune`'s settings at their defaults, without an output folder."
-    parameters = inspect.signature(dco.finetune).parameters.values()
-    s = dco.resolve({p.name: p.default for p in parameters if p.name != "images"} | dict(class_noun="cat", token="<pixel>", output="unused") | changed)
-    s.num_processes = 1
-    return s
+CAT = dict(class_noun="cat", token="<pixel>")
 
 
-def prepared(references, **changed):
-    "A run of `finetune` that is ready for its first step."
-    run = dco.load_run(references, settings(**changed), Accelerator(cpu=True))
-    dco.prepare(run)
-    return run
-
-
-def straightforward(references, s):
+def straightforward(references, base=TINY_SDXL, **changed):
     "A step as the DCO authors' script takes it: pictures and prompts are encoded every time, then comes φ (the LoRA at scale 0), then θ."
-    pipe = dco.load_base(s.base)
+    pipe, s = dco.load_base(base), SimpleNamespace(**dco.recommended(base) | CAT | changed)
     for pair in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)): dco.add_token(*pair, s.token, s.class_noun)
     params = dco.add_lora(pipe.unet, s.rank, s.target_modules)
     optimizer, scheduler, unet = torch.optim.AdamW(params, lr=s.learning_rate), DDPMScheduler.from_config(pipe.scheduler.config), pipe.unet
@@ -77,8 +64,8 @@ def tiny(a):
     head = ["straightforward, ms a step", "finetune, ms a step", "straightforward / finetune", "φ and θ in one call / in two", "with a learned token / without"]
     for batch in a.batches:
         runs = dict(two={}, one=dict(batched=True), token=dict(train_text_encoder_ti=True))
-        ways = {name: lambda n, run=prepared(references, train_batch_size=batch, **more): dco.train_step(run, n) for name, more in runs.items()}
-        ways["plain"] = straightforward(references, settings(train_batch_size=batch))
+        ways = {name: lambda n, run=dco.prepared_run(references, **CAT, train_batch_size=batch, **more): dco.train_step(run, n) for name, more in runs.items()}
+        ways["plain"] = straightforward(references, train_batch_size=batch)
         turns = take_turns(ways, a.repeats, "cpu")
         median = lambda of: statistics.median(map(of, turns))
         yield head, [batch, f"{1e3 * median(lambda t: t['plain']):.0f}", f"{1e3 * median(lambda t: t['two']):.0f}", f"{median(lambda t: t['plain'] / t['two']):.2f}",
@@ -111,16 +98,17 @@ def random_run(a, **changed):
         unet = UNet2DConditionModel(**shape, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), addition_embed_type="text_time",
                                     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True)
     unet.to(torch.bfloat16).requires_grad_(False)
-    s = settings(rank=32, target_modules=dco.ATTENTION, train_batch_size=1, mixed_precision="bf16", beta=1000.0, learning_rate=5e-5, **changed)
-    params = [dco.flatten(dco.add_lora(unet, s.rank, s.target_modules))]
+    s = SimpleNamespace(**dict(loss="dco", rank=32, train_batch_size=1, gradient_accumulation_steps=1, mixed_precision="bf16", beta=1000.0, max_grad_norm=1.0, seed=0,
+                               train_text_encoder_ti=False, gradient_checkpointing=False, batched=False) | changed)
+    params = [dco.flatten(dco.add_lora(unet, s.rank, dco.ATTENTION))]
     if s.gradient_checkpointing: unet.enable_gradient_checkpointing(); unet.train()
     side, pooled = shape["sample_size"], shape["projection_class_embeddings_input_dim"] - 6 * shape["addition_time_embed_dim"]
     text = PromptEmbeds(torch.randn(4, 77, shape["cross_attention_dim"], device=a.device, dtype=torch.bfloat16), torch.randn(4, pooled, device=a.device, dtype=torch.bfloat16))
     data = SimpleNamespace(moments=torch.randn(4, 2, 4, side, side).abs(), time_ids=torch.tensor([[8. * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 4), source=torch.arange(4))
     pipe = SimpleNamespace(unet=unet, vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.13)))
-    run = dco.Run(s, Accelerator(cpu=small), pipe, DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear"), {}, [dict(params=params, lr=s.learning_rate)],
+    run = dco.Run(s, Accelerator(cpu=small), pipe, DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear"), {}, [dict(params=params, lr=5e-5)],
                   [], data, text=SimpleNamespace(subject=text, base=text))
-    run.optimizer = dco.make_optimizer(run.params, s.use_8bit_adam)
+    run.optimizer = dco.make_optimizer(run.params)
     run.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, 1.0)
     run.scaler = torch.amp.GradScaler(a.device, enabled=False)
     return run

@@ -56,7 +56,7 @@ def scores(name, labels, pictures):
     right = (answers["cls"].argmax(1) == CLASSES.index(SUBJECTS[name].cls)).float()
     own = torch.cat([identity(name, s, p, e[None]) for (s, p), e in zip(labels, answers["identity"])])
     top = np.mean([ceiling(name, s, p) for s, p in labels])
-    return dict(style=style.mean().item(), cls=right.mean().item(), identity=own.mean().item(), identity_of_ceiling=own.mean().item() / top)
+    return dict(style=style.mean().item(), cls=right.mean().item(), identity=own.mean().item(), identity_of_ceiling=own.mean().item() / float(top))
 
 
 def paint(pipe, prompts, rule, seed, steps=25):
@@ -122,16 +122,21 @@ def main():
     args = parser.parse_args()
     names = args.subjects.split(",") if args.subjects else list(SUBJECTS)
     if args.what == "sweep":
-        grid = [dict(loss="dco", beta=b, rank=r, learning_rate=lr, max_train_steps=n) for b, r, lr, n in
-                itertools.product((100.0, 300.0), (4, 16), (5e-4, 1e-3, 2e-3), (100, 200, 400))]
-        grid += [dict(loss="dreambooth", rank=r, learning_rate=lr, max_train_steps=n) for r, lr, n in
-                 itertools.product((4, 16), (5e-4, 1e-3), (100, 200, 400))]
-        run(HERE / "personalization_sweep.csv", [(n, s, g) for g in grid for n in names[:2] for s in range(args.seeds)], [CFG(5.0)])
+        middle = dict(rank=8, learning_rate=1e-3, max_train_steps=200)
+        grid = [dict(middle, loss="dco", beta=b, max_train_steps=n) for b, n in itertools.product((100.0, 300.0), (100, 200, 400))]
+        grid += [dict(middle, loss="dreambooth", max_train_steps=n) for n in (100, 200, 400)]
+        grid += [dict(middle, loss="dco", beta=100.0, **change) for change in (dict(rank=4), dict(rank=16), dict(learning_rate=5e-4), dict(learning_rate=2e-3))]
+        grid += [dict(middle, loss="dco", beta=1000.0)]
+        names = names if args.subjects else ["inky_the_octopus", "bolt_the_robot"]
+        run(HERE / "personalization_sweep.csv", [(n, s, g) for g in grid for n in names for s in range(args.seeds)], [CFG(5.0)])
     else:
         rules = [CFG(5.0, adapter=0.0), CFG(5.0), PersonalizationGuidance(5.0, 0.0), ConsistencyGuidance(5.0, 2.0), ParallelRescale(5.0, 2.0),
                  OrthogonalOnly(5.0, 2.0)]
-        losses = (dict(loss="dco"), dict(loss="dreambooth"))
-        run(HERE / "personalization.csv", [(n, s, g) for n in names for g in losses for s in range(args.seeds)], rules)
+        names = names if args.subjects else list(SUBJECTS)[::2]
+        jobs = [(n, s) for n in names for s in range(args.seeds)]
+        for job in jobs:
+            run(HERE / "personalization.csv", [(*job, dict(loss="dco"))], rules)
+            run(HERE / "personalization.csv", [(*job, dict(loss="dreambooth"))], [CFG(5.0)])
 
 
 if __name__ == "__main__":

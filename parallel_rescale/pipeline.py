@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['diagnostics', 'Record', 'recorder', 'SubjectPipeline', 'load_subject', 'unload_subject']
 
-# %% ../nbs/07_pipeline.ipynb #c002
+# %% ../nbs/07_pipeline.ipynb #c003
 import inspect, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,9 +20,9 @@ from .consistency import consistency_ratio, ratio_summary
 from .denoiser import PromptEmbeds, adapter_layers, adapter_rows, guided
 from .guidance import Guidance
 from .projection import project
-from .subject_folder import LORA_FILE, Subject, base_prompt as filled, check_base, derive_base, load_tokens
+from .subject_folder import LORA_FILE, Subject, base_prompt as filled, check_base, derive_base, load_tokens, pool_at_eos
 
-# %% ../nbs/07_pipeline.ipynb #c003
+# %% ../nbs/07_pipeline.ipynb #c007
 def diagnostics(null,     # ε_φ(∅), [B, C, H, W]
                 base,     # ε_φ(c_base)
                 subject,  # ε_θ(c_subj)
@@ -34,7 +34,7 @@ def diagnostics(null,     # ε_φ(∅), [B, C, H, W]
     return dict(p={k: v.tolist() for k, v in ratio_summary(consistency_ratio(g_cons, g_text)).items()},
                 norm_text=norm(g_text), norm_cons=norm(g_cons), norm_parallel=norm(parallel), norm_orthogonal=norm(orthogonal))
 
-# %% ../nbs/07_pipeline.ipynb #c004
+# %% ../nbs/07_pipeline.ipynb #c010
 class Record(list):
     "A list for `record=`: one dict for each step, with `step`, `t`, and `diagnostics`; with maps=True also `p_map` [B, 1, H, W]."
     def __init__(self, maps: bool = False):
@@ -61,7 +61,7 @@ def recorder(record: list | None, rule: Guidance):
         record.append(entry)
     return on_step
 
-# %% ../nbs/07_pipeline.ipynb #c005
+# %% ../nbs/07_pipeline.ipynb #c013
 _PARENT = inspect.signature(StableDiffusionXLPipeline.__call__)
 _TEXT = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
          "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -92,7 +92,7 @@ def _followed(call, embeds):
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)): call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
     return call | {"callback_on_step_end": follow}
 
-# %% ../nbs/07_pipeline.ipynb #c006
+# %% ../nbs/07_pipeline.ipynb #c014
 def _check_subject(pipe, rule, prompt) -> bool:
     "True where the subjects live in their tokens alone. ValueError where the rule needs one and there is none; a warning where the prompt names none."
     adapters = getattr(pipe.unet, "peft_config", {})
@@ -104,7 +104,7 @@ def _check_subject(pipe, rule, prompt) -> bool:
             warnings.warn(f"the prompt {text!r} has no {' or '.join(tokens)} in it: the subject's identity cannot show", stacklevel=3)
     return bool(pipe.subjects) and not any(name in adapters for name in pipe.subjects)
 
-# %% ../nbs/07_pipeline.ipynb #c007
+# %% ../nbs/07_pipeline.ipynb #c016
 def _adapted(rule, name: str) -> bool: return any(b.adapted for b in rule.branches if b.prompt == name)
 
 def _for_base(pipe, text):
@@ -132,7 +132,7 @@ def _texts(pipe, rule, call, base_prompt, prompts) -> dict:
         if not isinstance(text, str) and len(text) != size: raise ValueError(f"{'base_prompt' if name == 'base' else name}: {len(text)} texts for {size} prompts")
     return {name: (text if _adapted(rule, name) else _for_base(pipe, text), second.get(name)) for name, text in given.items()}
 
-# %% ../nbs/07_pipeline.ipynb #c008
+# %% ../nbs/07_pipeline.ipynb #c018
 def _null_conditions(pipe, call, rows, dtype, device) -> dict:
     "Conditions that the parent gives its null prompt alone: the negative sizes, and an IP-Adapter's empty image. Taken out of `call`."
     own, (size, crop, target) = {}, [call.pop(f"negative_{k}", None) for k in ("original_size", "crops_coords_top_left", "target_size")]
@@ -162,7 +162,7 @@ def _encode(pipe, rule, call, texts) -> dict[str, PromptEmbeds]:
     return {"null": null, "subject": subject} | {
         name: encode(_adapted(rule, name), prompt=text, prompt_2=text_2, do_classifier_free_guidance=False)[0] for name, (text, text_2) in texts.items()}
 
-# %% ../nbs/07_pipeline.ipynb #c009
+# %% ../nbs/07_pipeline.ipynb #c020
 class SubjectPipeline(StableDiffusionXLPipeline):
     "diffusers' `StableDiffusionXLPipeline` with guidance rules and saved subjects; without `guidance=` it is its parent, to the last bit."
 
@@ -216,10 +216,11 @@ class SubjectPipeline(StableDiffusionXLPipeline):
     def from_pipe(cls, pipeline, **kwargs):
         "The parent's `from_pipe`. The components are shared, so the subjects loaded into them are known here too."
         made = super().from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, SubjectPipeline): made.subjects.update(pipeline.subjects); made._words.update(pipeline._words)
+        made.subjects.update(getattr(pipeline, "subjects", {}))
+        made._words.update(getattr(pipeline, "_words", {}))
         return made
 
-# %% ../nbs/07_pipeline.ipynb #c010
+# %% ../nbs/07_pipeline.ipynb #c022
 def _encoders(pipe): return (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
 
 def _check_tokens(pipe, subject, tokens, *rows):
@@ -230,6 +231,12 @@ def _check_tokens(pipe, subject, tokens, *rows):
             raise ValueError(f"the subject in {subject.folder} was made for {subject.base}: its token embeddings have width {row.shape[1]}, this model's {width}")
         for token in tokens:
             if token in tokenizer.get_vocab(): raise ValueError(f"the token {token!r} of the subject in {subject.folder} is in the tokenizer's vocabulary already")
+
+def _load_lora(pipe, folder, name):
+    "As `pipe.load_lora_weights`, which warns about the text encoders where a file holds nothing for them."
+    state, alphas, metadata = pipe.lora_state_dict(folder, weight_name=LORA_FILE, unet_config=pipe.unet.config, return_lora_metadata=True)
+    if any(k.startswith("text_encoder") for k in state): pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
+    else: pipe.load_lora_into_unet(state, network_alphas=alphas, unet=pipe.unet, adapter_name=name, metadata=metadata, _pipeline=pipe)
 
 def load_subject(pipe, folder, name: str = "subject"):
     """Load a saved subject: its LoRA as adapter `name`, its learned tokens into both text encoders. Returns the pipeline.
@@ -243,12 +250,13 @@ def load_subject(pipe, folder, name: str = "subject"):
     if name in getattr(pipe.unet, "peft_config", {}): raise ValueError(f"load_subject: the pipeline has an adapter {name!r} of another origin; pass name=")
     if learned := load_tokens(subject.folder): _check_tokens(pipe, subject, *learned)
     if (Path(subject.folder) / LORA_FILE).is_file():
-        pipe.load_lora_weights(subject.folder, weight_name=LORA_FILE, adapter_name=name)
+        _load_lora(pipe, subject.folder, name)
         if others: pipe.unet.set_adapter([*others, name])
     if learned:
         tokens, *rows = learned
         for row, (encoder, tokenizer) in zip(rows, _encoders(pipe)):
             pipe.load_textual_inversion(row, token=tokens if len(tokens) > 1 else tokens[0], text_encoder=encoder, tokenizer=tokenizer)
+            pool_at_eos(tokenizer, encoder)
         # of one token with several rows, diffusers names the further ones <dog>_1, <dog>_2, …
         pipe._words[name] = tokens + [f"{tokens[0]}_{i}" for i in range(1, len(rows[0]))] if len(tokens) == 1 else tokens
     pipe.subjects[name] = subject
@@ -256,7 +264,7 @@ def load_subject(pipe, folder, name: str = "subject"):
 
 SubjectPipeline.load_subject = load_subject
 
-# %% ../nbs/07_pipeline.ipynb #c011
+# %% ../nbs/07_pipeline.ipynb #c023
 def unload_subject(pipe, name: str | None = None):
     "Take the adapter and tokens of a subject out again (None: of every subject). Returns the pipeline."
     if name is not None and name not in pipe.subjects: raise ValueError(f"unload_subject: no subject {name!r}; loaded are {sorted(pipe.subjects)}")

@@ -24,17 +24,24 @@ def rule_color(rule) -> str:
 # %% ../nbs/00c_plot.ipynb #c008
 def notebook_style():
     "For notebooks: plain small figures, pictures stored once as palette PNG, no chatter from diffusers and transformers."
-    import warnings, diffusers, transformers, matplotlib
+    import io, warnings, diffusers, transformers
+    import matplotlib.pyplot as plt
     from IPython import get_ipython
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    matplotlib.rcParams.update({"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False})
     if (shell := get_ipython()) is None: return
     formatters = shell.display_formatter.formatters
     formatters["image/jpeg"].enabled = False
-    formatters["image/png"].for_type(Image.Image, lambda image: image.quantize(128)._repr_png_())
+    plt.close(plt.figure()) # the notebook's backend registers its own formatter with the first figure; ours comes after it
+    def small(image): return image.convert("RGB").quantize(128, dither=Image.Dither.NONE)._repr_png_()
+    def drawn(figure):
+        figure.savefig(page := io.BytesIO(), format="png", bbox_inches="tight")
+        return small(Image.open(page))
+    formatters["image/png"].for_type(Image.Image, small)
+    formatters["image/png"].for_type(plt.Figure, drawn)
 
 # %% ../nbs/00c_plot.ipynb #c011
 def _picture(image) -> Image.Image:

@@ -8,7 +8,7 @@ __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SUFFIXES', 'CAPTION_COLUMNS', 'DEFAULT_CAP
            'sidecar_caption', 'image_files_and_captions', 'load_references', 'describe', 'as_reference',
            'as_references', 'dco_names', 'dco_captions', 'find_image', 'from_dco_json', 'wrap', 'reference_table']
 
-# %% ../nbs/08_subject.ipynb #c002
+# %% ../nbs/08_subject.ipynb #c003
 import csv, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .subject_folder import subject_prompt, base_prompt
 
-# %% ../nbs/08_subject.ipynb #c008
+# %% ../nbs/08_subject.ipynb #c009
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
 CAPTION_SUFFIXES = ('.txt', '.caption')
 CAPTION_COLUMNS = ('text', 'prompt', 'caption')
 DEFAULT_CAPTION = 'a photo of a {subject}'
 CROPS = ('center', 'random')
 
-# %% ../nbs/08_subject.ipynb #c009
+# %% ../nbs/08_subject.ipynb #c010
 def check_caption(caption, where, class_noun=None):
     "Return the caption, one line of text with `{subject}` in it, else ValueError naming `where` it stands."
     if not isinstance(caption, str): raise ValueError(f"{where}: the caption is {caption!r}, expected text")
@@ -34,7 +34,7 @@ def check_caption(caption, where, class_noun=None):
     hint = caption.replace(class_noun, '{subject}', 1) if class_noun and class_noun in caption else DEFAULT_CAPTION
     raise ValueError(f"{where}: the caption {caption!r} has no {{subject}}. Write it where the subject stands, as in {hint!r}")
 
-# %% ../nbs/08_subject.ipynb #c014
+# %% ../nbs/08_subject.ipynb #c015
 def to_rgb(image):
     "Any Pillow picture, or a uint8 array [H, W], [H, W, 3] or [H, W, 4], as an upright 8-bit RGB picture; transparency becomes white."
     if isinstance(image, np.ndarray): image = Image.fromarray(image)
@@ -49,7 +49,7 @@ def to_rgb(image):
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     return image.convert('RGB')
 
-# %% ../nbs/08_subject.ipynb #c017
+# %% ../nbs/08_subject.ipynb #c018
 def open_image(path):
     "Read one picture file as upright RGB. ValueError, naming the file, where it cannot be read to its end."
     try:
@@ -57,7 +57,7 @@ def open_image(path):
     except UnidentifiedImageError: raise ValueError(f"{path}: not an image that Pillow can read") from None
     except Exception as error: raise ValueError(f"{path}: the image cannot be read ({error})") from None
 
-# %% ../nbs/08_subject.ipynb #c020
+# %% ../nbs/08_subject.ipynb #c021
 def crop_square(image, resolution, crop='center', rng=None):
     "Scale the short side to `resolution` and cut out a square: the picture and the (top, left) of the cut."
     if crop not in CROPS: raise ValueError(f"crop={crop!r}: expected one of {', '.join(CROPS)}")
@@ -70,7 +70,7 @@ def crop_square(image, resolution, crop='center', rng=None):
         left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
     return image.crop((left, top, left + resolution, top + resolution)), (top, left)
 
-# %% ../nbs/08_subject.ipynb #c023
+# %% ../nbs/08_subject.ipynb #c024
 @dataclass(frozen=True)
 class Reference:
     "One training picture: an RGB image, its caption with `{subject}` in it, and the file it came from."
@@ -78,7 +78,7 @@ class Reference:
     caption: str
     path: str = ''
 
-# %% ../nbs/08_subject.ipynb #c024
+# %% ../nbs/08_subject.ipynb #c025
 def image_files(folder):
     "The picture files of a folder, sorted by name; hidden files and everything else are passed over."
     folder = Path(folder).expanduser()
@@ -90,7 +90,7 @@ def image_files(folder):
     heic = ' (HEIC pictures: convert them to JPEG first)' if any(p.suffix.lower() in ('.heic', '.heif') for p in names) else ''
     raise ValueError(f"images: no image in {folder}{heic}; looked for {', '.join(IMAGE_SUFFIXES)}")
 
-# %% ../nbs/08_subject.ipynb #c027
+# %% ../nbs/08_subject.ipynb #c028
 def metadata_rows(file):
     "Yield (where, row) for each row of a .jsonl or .csv file."
     with open(file, encoding='utf-8-sig', newline='') as lines:
@@ -105,7 +105,7 @@ def metadata_rows(file):
             if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with 'file_name', got {line.strip()!r}")
             yield where, row
 
-# %% ../nbs/08_subject.ipynb #c028
+# %% ../nbs/08_subject.ipynb #c029
 def metadata_captions(folder, class_noun=None):
     "{file name: caption} from an ImageFolder's `metadata.jsonl` or `metadata.csv`; None where there is neither."
     for file in (Path(folder)/'metadata.jsonl', Path(folder)/'metadata.csv'):
@@ -121,14 +121,14 @@ def metadata_captions(folder, class_noun=None):
     if not captions: raise ValueError(f"{file}: no rows in it")
     return captions
 
-# %% ../nbs/08_subject.ipynb #c030
+# %% ../nbs/08_subject.ipynb #c031
 def sidecar_caption(path):
     "The text of `01.txt` or `01.caption` beside `01.jpg`; None where there is neither."
     for suffix in CAPTION_SUFFIXES:
         file = Path(path).with_suffix(suffix)
         if file.exists(): return file.read_text(encoding='utf-8-sig')
 
-# %% ../nbs/08_subject.ipynb #c031
+# %% ../nbs/08_subject.ipynb #c032
 def image_files_and_captions(folder, class_noun=None):
     "Paths of a folder's pictures and, for each, the caption that stands in the folder, or None."
     listed = metadata_captions(folder, class_noun) if Path(folder).is_dir() else None
@@ -139,7 +139,7 @@ def image_files_and_captions(folder, class_noun=None):
     if unlisted: warnings.warn(f"{folder}: the metadata does not list {', '.join(sorted(unlisted))}; left out")
     return [Path(folder)/name for name in listed], list(listed.values())
 
-# %% ../nbs/08_subject.ipynb #c034
+# %% ../nbs/08_subject.ipynb #c035
 def load_references(
     folder,              # plain images; or with metadata.jsonl / metadata.csv (file_name, text); or with 01.txt / 01.caption beside 01.jpg
     class_noun=None,     # only makes the message about a caption without {subject} more helpful
@@ -157,13 +157,13 @@ def load_references(
     if resolution: images = [crop_square(image, resolution, crop, rng)[0] for image in images]
     return [Reference(image, caption, str(path)) for image, caption, path in zip(images, captions, files)]
 
-# %% ../nbs/08_subject.ipynb #c037
+# %% ../nbs/08_subject.ipynb #c038
 def describe(value):
     "A few words on what a value is, for messages."
     if hasattr(value, 'shape') and hasattr(value, 'dtype'): return f"a {type(value).__name__} of {value.dtype} {list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
 
-# %% ../nbs/08_subject.ipynb #c038
+# %% ../nbs/08_subject.ipynb #c039
 def as_reference(item, where, class_noun=None, caption=None):
     "One `Reference` from a reference, an (image, caption) pair, an image or a path."
     if isinstance(item, Reference): item, path = (item.image, item.caption), item.path
@@ -175,7 +175,7 @@ def as_reference(item, where, class_noun=None, caption=None):
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3): return Reference(to_rgb(image), text, path)
     raise ValueError(f"{where}: got {describe(image)}, expected a Pillow image, a uint8 array [H, W, 3] or a path")
 
-# %% ../nbs/08_subject.ipynb #c039
+# %% ../nbs/08_subject.ipynb #c040
 def as_references(images, class_noun=None, caption=None):
     "A list of `Reference` from a folder, or from a list of references, (image, caption) pairs, images (Pillow or uint8 array) or paths."
     if isinstance(images, (str, Path)): return load_references(images, class_noun, caption)
@@ -184,7 +184,7 @@ def as_references(images, class_noun=None, caption=None):
     if not images: raise ValueError("images: the list is empty, expected at least one image")
     return [as_reference(item, f"images[{i}]", class_noun, caption) for i, item in enumerate(images)]
 
-# %% ../nbs/08_subject.ipynb #c042
+# %% ../nbs/08_subject.ipynb #c043
 def dco_names(entry, where):
     "The identifier and the class noun of an entry of the DCO authors' JSON."
     first = lambda key: (entry.get(key) or [None])[0]
@@ -192,7 +192,7 @@ def dco_names(entry, where):
     if None in names: raise ValueError(f"{where}: expected 'identifier' and 'class' (or 'inserting_tokens' and 'initializer_tokens')")
     return names
 
-# %% ../nbs/08_subject.ipynb #c043
+# %% ../nbs/08_subject.ipynb #c044
 def dco_captions(entry, where, identifier, noun):
     "Captions with {subject}; ValueError where lists differ in length, or `base_prompts` say something else than `prompts`."
     images, prompts, bases = (entry.get(key) for key in ('images', 'prompts', 'base_prompts'))
@@ -204,7 +204,7 @@ def dco_captions(entry, where, identifier, noun):
             raise ValueError(f"{where}: base prompt {base!r} does not match {subject_prompt(caption, identifier)!r} with {noun!r} in it")
     return captions
 
-# %% ../nbs/08_subject.ipynb #c044
+# %% ../nbs/08_subject.ipynb #c045
 def find_image(name, folders, where):
     "The first of `folders` in which the relative path `name` exists; the file's bare name is tried too."
     for folder in folders:
@@ -212,7 +212,7 @@ def find_image(name, folders, where):
             if path.is_file(): return path
     raise ValueError(f"{where}: image {name!r} not found; give root=, the folder that its paths start from")
 
-# %% ../nbs/08_subject.ipynb #c045
+# %% ../nbs/08_subject.ipynb #c046
 def from_dco_json(file, name=None, root=None):
     "Import the DCO authors' `config.json`: (references, identifier, class noun). `name` picks the entry, `root` is where its paths start."
     file = Path(file).expanduser()
@@ -228,7 +228,7 @@ def from_dco_json(file, name=None, root=None):
     paths = [find_image(image, folders, where) for image in entry['images']]
     return [Reference(open_image(p), c, str(p)) for p, c in zip(paths, captions)], identifier, noun
 
-# %% ../nbs/08_subject.ipynb #c048
+# %% ../nbs/08_subject.ipynb #c049
 def wrap(text, font, width):
     "Break a text into lines no wider than `width` pixels."
     lines = []
@@ -237,7 +237,7 @@ def wrap(text, font, width):
         else: lines.append(word)
     return lines
 
-# %% ../nbs/08_subject.ipynb #c049
+# %% ../nbs/08_subject.ipynb #c050
 def reference_table(references, token, class_noun, thumbnail=96, width=720):
     "A picture of the training set, a row a reference: thumbnail, subject prompt, base prompt. Look at it before training."
     font, line, pad = ImageFont.load_default(14), 19, 10

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LORA_FILE', 'TOKENS_FILE', 'SUBJECT_FILE', 'CARD_FILE', 'derive_base', 'subject_prompt', 'base_prompt',
-           'base_signature', 'check_base', 'save_adapter', 'save_tokens', 'load_tokens', 'installed_versions',
-           'Subject', 'load_subject', 'model_card', 'save_subject']
+           'base_signature', 'check_base', 'save_adapter', 'save_tokens', 'load_tokens', 'pool_at_eos',
+           'installed_versions', 'Subject', 'load_subject', 'model_card', 'save_subject']
 
-# %% ../nbs/06b_subject_folder.ipynb #c002
+# %% ../nbs/06b_subject_folder.ipynb #c003
 import json, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -107,6 +107,13 @@ def load_tokens(folder) -> tuple[list[str], torch.Tensor, torch.Tensor] | None:
     return json.loads(header["tokens"]), rows["clip_l"], rows["clip_g"]
 
 # %% ../nbs/06b_subject_folder.ipynb #c017
+def pool_at_eos(tokenizer, encoder):
+    """Make a text encoder pool at the end-of-text token. SDXL's configuration carries an old mistake (eos_token_id 2) for which
+    transformers pools at the largest token id instead: the end of text, until a word is added, and the added word from then on."""
+    for layer in encoder.modules():
+        if getattr(layer, "eos_token_id", None) == 2: layer.eos_token_id = tokenizer.eos_token_id
+
+# %% ../nbs/06b_subject_folder.ipynb #c020
 _TINY = "tiny_sdxl"   # how the embedded model is written down: its path differs from machine to machine
 
 def installed_versions() -> dict:
@@ -139,7 +146,7 @@ class Subject:
         "The plainest prompt for it."
         return f"a photo of a {self.token}"
 
-# %% ../nbs/06b_subject_folder.ipynb #c019
+# %% ../nbs/06b_subject_folder.ipynb #c022
 def _subject_files(folder: Path) -> Path:
     "The folder's subject.json, after a look at what lies beside it."
     if not folder.is_dir(): raise FileNotFoundError(f"subject: there is no folder {folder}")
@@ -170,7 +177,7 @@ def load_subject(folder) -> Subject:
 
 Subject.load = staticmethod(load_subject)
 
-# %% ../nbs/06b_subject_folder.ipynb #c020
+# %% ../nbs/06b_subject_folder.ipynb #c023
 def model_card(subject: Subject, pictures=()) -> str:
     "A README.md for a subject's folder: what it is and how to load it, with and without this package."
     base = _TINY if subject.base == TINY_SDXL else subject.base
@@ -213,7 +220,7 @@ with safe_open("{TOKENS_FILE}", "pt") as f:  # only where the folder has this fi
 {rows}
 """
 
-# %% ../nbs/06b_subject_folder.ipynb #c021
+# %% ../nbs/06b_subject_folder.ipynb #c024
 def save_subject(subject: Subject, folder=None, pictures=()) -> Subject:
     "See `Subject.save`."
     folder = Path(folder or subject.folder or ".").expanduser()

@@ -9,7 +9,7 @@ __all__ = ['TINY_SDXL', 'check_tiny_sdxl', 'load_tiny_sdxl']
 import json
 from pathlib import Path
 
-# %% ../nbs/00d_tiny.ipynb #c007
+# %% ../nbs/00d_tiny.ipynb #c008
 TINY_SDXL = str(Path(__file__).parent / "tiny_sdxl") if "__file__" in globals() else str(Path("../parallel_rescale/tiny_sdxl").resolve())
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -35,7 +35,7 @@ def check_tiny_sdxl(folder: str | Path = TINY_SDXL  # the model's folder
         except Exception as error: raise ValueError(f"{file} of the embedded model cannot be read ({error}); {repair}") from None
     return folder
 
-# %% ../nbs/00d_tiny.ipynb #c011
+# %% ../nbs/00d_tiny.ipynb #c012
 def load_tiny_sdxl(cls=None,       # a pipeline class; default: `diffusers.StableDiffusionXLPipeline`
                    device=None,    # default: CUDA where there is one, else the CPU
                    **kwargs):      # passed on to `from_pretrained`

@@ -7,8 +7,9 @@ __all__ = ['RECIPES', 'PICTURES_PER_INSTANCE', 'MAX_TOKENS', 'CLIP_WORDS', 'EMPT
            'step_generator', 'learning_rate', 'save_atomically', 'ema_update', 'train', 'render_stage', 'to_tensor',
            'build_vae', 'vae_loss', 'vae_stage', 'encode', 'psnr_by_style', 'build_tokenizer', 'build_text_encoder',
            'build_unet', 'build_scheduler', 'Painter', 'caption_table', 'draw_captions', 'min_snr_mse',
-           'denoiser_stage', 'judge_stage', 'rebuild', 'assemble', 'export', 'frechet_distance', 'paint_prompts',
-           'score_model', 'render_matching', 'main', 'cached_latents', 'save_sheet']
+           'denoiser_stage', 'judge_stage', 'rebuild', 'assemble', 'export', 'readable_by_older_versions',
+           'frechet_distance', 'paint_prompts', 'score_model', 'render_matching', 'main', 'cached_latents',
+           'save_sheet']
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c002
 import json, math, time
@@ -24,12 +25,12 @@ from .world import BACKGROUNDS, CLASSES, DRAWS_BACKGROUND, STYLES, all_captions,
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c005
 RECIPES = {
-    "cpu":  dict(instances=24_000, vae=(16, 32, 64), unet=(32, 64, 128), vae_samples=180_000, vae_batch=32, samples=2_000_000, batch=64,
-                 judge_samples=200_000, judge_instances=24, precision="bf16"),
+    "cpu":  dict(instances=24_000, vae=(16, 32, 64), unet=(32, 64, 128), vae_samples=80_000, vae_batch=16, samples=288_000, batch=32,
+                 judge_samples=130_000, judge_instances=24, rebuilt=14_000, precision="bf16"),
     "gpu":  dict(instances=150_000, vae=(32, 64, 128), unet=(64, 128, 256), vae_samples=2_000_000, vae_batch=128, samples=8_000_000, batch=256,
-                 judge_samples=1_000_000, judge_instances=48, precision="bf16"),
+                 judge_samples=1_000_000, judge_instances=48, rebuilt=100_000, precision="bf16"),
     "test": dict(instances=24, vae=(16, 16, 16), unet=(16, 16, 32), vae_samples=64, vae_batch=16, samples=128, batch=32,
-                 judge_samples=96, judge_instances=4, precision="fp32"),
+                 judge_samples=96, judge_instances=4, rebuilt=24, precision="fp32"),
 }
 PICTURES_PER_INSTANCE = 4   # the judge's contrastive loss wants several pictures of everyone
 MAX_TOKENS = 32             # longest TinyWorld caption: about twenty tokens
@@ -352,8 +353,23 @@ def export(work, folder):
     parts.text_encoder = CLIPTextModel.from_pretrained(painter / "text_encoder")
     parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(painter / "text_encoder_2")
     assemble(AutoencoderKL.from_pretrained(work / "vae"), parts, CLIPTokenizer.from_pretrained(work / "tokenizer")).to(torch.float16).save_pretrained(folder)
-    for part in ("tokenizer", "tokenizer_2"):                            # older transformers read these two
-        for name in ("vocab.json", "merges.txt"): (Path(folder) / part / name).write_bytes((work / "tokenizer" / name).read_bytes())
+    readable_by_older_versions(Path(folder))
+
+def readable_by_older_versions(folder):
+    "Write down twice what transformers 5 writes in a new way only: the tokenizers' vocabulary and the first text encoder's names."
+    from safetensors.torch import load_file, save_file
+    for part in ("tokenizer", "tokenizer_2"):
+        bpe = json.loads((folder / part / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        words = dict(sorted(bpe["vocab"].items(), key=lambda item: item[1]))
+        (folder / part / "vocab.json").write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+        (folder / part / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    weights = load_file(file := folder / "text_encoder" / "model.safetensors")
+    if not any(name.startswith("text_model.") for name in weights):
+        save_file({f"text_model.{name}": value.contiguous() for name, value in weights.items()}, file, metadata={"format": "pt"})
+    for file in folder.glob("*/config.json"):                            # where the parts lay during training is nobody's business
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None): file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c026
 def frechet_distance(a, b):
@@ -411,7 +427,7 @@ def main(work,                 # folder for everything in between; killed runs g
     log = dict(vae=vae_stage(work, recipe, pictures, device, seed))
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval().requires_grad_(False)
     latents = cached_latents(work, vae, pictures, device, recipe["precision"])
-    rebuilt = rebuild(vae, latents[:len(latents) // 4], device=device, precision=recipe["precision"])
+    rebuilt = rebuild(vae, latents[:recipe["rebuilt"]], device=device, precision=recipe["precision"])
     log["judge"] = judge_stage(work, recipe, pictures, labels, rebuilt, device, seed)
     judge = load_judge(work / "judge.safetensors")
 

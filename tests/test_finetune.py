@@ -1,5 +1,4 @@
 """Fine-tuning: the losses, what is learned in every precision, checkpoints to the last bit, and one clear error for each mistake."""
-import inspect
 import json
 import math
 import os
@@ -11,17 +10,16 @@ import textwrap
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-from parallel_rescale import dco
-from parallel_rescale.dco import dco_loss, dreambooth_loss, finetune, min_snr_weight, recommended, training_log
+from parallel_rescale import checkpoints, dco
+from parallel_rescale.checkpoints import training_log
+from parallel_rescale.dco import dco_loss, dreambooth_loss, finetune, min_snr_weight, recommended
 from parallel_rescale.subject import as_references
 from parallel_rescale.subject_folder import Subject
 from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
@@ -42,20 +40,9 @@ def references():
     return as_references(reference_set("pixel_the_cat", "{subject}"))
 
 
-def settings_of(**changed):
-    "All settings of `finetune`, resolved."
-    parameters = inspect.signature(finetune).parameters.values()
-    given = {p.name: p.default for p in parameters if p.name != "images"} | CAT | dict(output="unused") | changed
-    return dco.resolve(given)
-
-
 def prepared(references, **changed):
     "A run ready for its first step, without an output folder."
-    s = settings_of(**changed)
-    s.num_processes = 1
-    run = dco.load_run(references, s, Accelerator())
-    dco.prepare(run)
-    return run
+    return dco.prepared_run(references, **CAT | changed)
 
 
 def weights(folder):
@@ -130,7 +117,9 @@ def test_several_words_give_their_mean():
 @pytest.mark.parametrize("token,words", [("cat</w>", "vocabulary"), ("two words", "space"), ("", "expected a word"), ("<a b>", "space"), ("ctopu", "class noun"), (3, "expected a word")])
 def test_token_errors(token, words, references, tmp_path):
     pipe = load_tiny_sdxl(device="cpu")
+    before = len(pipe.tokenizer)
     with pytest.raises(ValueError, match="token=.*" + words): dco.add_token(pipe.tokenizer, pipe.text_encoder, token, "octopus")
+    assert len(pipe.tokenizer) == before
     with pytest.raises(ValueError, match="token="): finetune(references, class_noun="octopus", token=token, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -367,14 +356,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(references, uninterrupted, tmp_path,
 
 
 def test_half_a_checkpoint_is_never_taken_for_one(references, tmp_path, monkeypatch):
-    monkeypatch.setattr(dco, "write_json", lambda file, value: (_ for _ in ()).throw(OSError("disk full")) if Path(file).name == "state.json" else None)
+    monkeypatch.setattr(checkpoints, "write_json", lambda file, value: (_ for _ in ()).throw(OSError("disk full")) if Path(file).name == "state.json" else None)
     with pytest.raises(OSError, match="disk full"): finetune(references, **RUN, output=tmp_path / "run")
-    assert dco.checkpoints(tmp_path / "run") == []
+    assert checkpoints.checkpoints(tmp_path / "run") == []
 
 
 def test_checkpoint_limit(references, tmp_path):
     finetune(references, **RUN | dict(checkpointing_steps=1, checkpoints_total_limit=2), output=tmp_path / "run")
-    assert [p.name for p in dco.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
     assert Subject.load(tmp_path / "run/checkpoint-4").token == "<pixel>"      # a checkpoint is a subject that can be tried
 
 
@@ -463,11 +452,11 @@ def test_the_output_of_others_is_safe(references, tmp_path):
     finetune(references, **CAT, output=tmp_path, max_train_steps=2, train_batch_size=1, checkpointing_steps=1, overwrite=True)
     finetune(references, **CAT, output=tmp_path, max_train_steps=1, train_batch_size=1, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    assert dco.checkpoints(tmp_path) == [] and training_log(tmp_path)["step"] == [1]
+    assert checkpoints.checkpoints(tmp_path) == [] and training_log(tmp_path)["step"] == [1]
 
 
 def test_recommended_goes_by_size(monkeypatch):
-    assert recommended()["beta"] == 200 and recommended()["rank"] == 8
+    assert recommended()["beta"] == 100 and recommended()["rank"] == 8
     sdxl = dict(sample_size=128, block_out_channels=[320, 640, 1280], addition_embed_type="text_time")
     monkeypatch.setattr(dco, "unet_config", lambda base: sdxl)
     large = recommended("stabilityai/stable-diffusion-xl-base-1.0")

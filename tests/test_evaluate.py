@@ -1,0 +1,670 @@
+"Scores, grids and intervals: the instruments order what they must, a grid is drawn once and never lost, and an interval keeps its promise."
+import functools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from parallel_rescale import metrics
+from parallel_rescale.analysis import (axes_of, compare, curve_gap, hypervolume, hypervolumes, interval, levels, matched, mean_interval, metrics_of, paired_differences, pareto,
+                                       plot_tradeoff, report, summarize, tradeoff_points, worst)
+from parallel_rescale.evaluate import Worker, draw_truth, evaluate, load_pipeline, room_for, share, unet_throughput
+from parallel_rescale.grid import (MANIFEST, PARTS, PROMPT_SETS, SCORES, as_cases, case, done_jobs, load_scores, make_plan, named_rules, noise_seed, open_results, picture_name,
+                                   plan, prompt_data, prompt_set, save_result, throughput)
+from parallel_rescale.guidance import CFG, ConsistencyGuidance, ParallelRescale, RULES
+from parallel_rescale.judge import judge_images, load_judge
+from parallel_rescale.metrics import (APPEARANCE, METRICS, SCORERS, ClipScorer, DinoScorer, JudgeScorer, LeakScorer, OracleScorer, Prompt, References, SiglipScorer, appearance,
+                                      score, scorer, separation, true_renders, truth_bank, whitening)
+from parallel_rescale.subject_folder import Subject, base_signature, save_adapter
+from parallel_rescale.tiny import TINY_SDXL
+from parallel_rescale.world import BACKGROUNDS, CLASSES, STYLES, SUBJECTS, random_instance, random_pose, reference_set, render
+
+CAT = References("pixel_the_cat", "cat", tuple(Image.fromarray(p) for p, _ in reference_set("pixel_the_cat")))
+SNOW = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
+
+
+def pictures(n=4, size=64, seed=0):
+    return [Image.fromarray(p) for p in np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), np.uint8)]
+
+
+def brightness(images, prompts, references): return {"brightness": [np.asarray(i).mean() / 255 for i in images]}
+
+
+@pytest.fixture(autouse=True)
+def small_bank(monkeypatch):
+    "Two true renders a cell are enough to test with."
+    monkeypatch.setattr(metrics, "truth_bank", lambda name: truth_bank(name, 2))
+
+
+@pytest.fixture
+def trained_judge():
+    shown = np.concatenate([true_renders("taxi_the_car", s, "grass", 2) for s in STYLES])
+    found = judge_images(load_judge(), shown)["style"].argmax(1).view(-1, 2)
+    if (found == torch.arange(len(STYLES))[:, None]).float().mean() < .8: pytest.skip("the judge in the package is untrained")
+
+
+# ---------------------------------------------------------------- the protocol of scores
+
+
+def test_protocol():
+    found = score([brightness], pictures(3), SNOW[0], CAT)
+    assert found["brightness"].shape == (3,) and found["brightness"].dtype == float
+    assert score(brightness, [np.asarray(p) for p in pictures(3)], SNOW[0], CAT)["brightness"].tolist() == found["brightness"].tolist()
+    with pytest.raises(ValueError, match="got 1 for 3"): score(brightness, pictures(3), SNOW[:1], CAT)
+    with pytest.raises(ValueError, match="shape"): score(lambda *_: {"x": np.zeros((3, 2))}, pictures(3), SNOW[0], CAT)
+    with pytest.raises(ValueError, match="two scorers"): score([brightness, brightness], pictures(3), SNOW[0], CAT)
+
+
+@pytest.mark.parametrize("bad,says", [(dict(text="a cat"), "{subject}"), (dict(text=None), "{subject}"), (dict(text="{subject}", style="skech"), "Did you mean 'sketch'"),
+                                      (dict(text="{subject}", background="moon"), "unknown background")])
+def test_bad_prompts(bad, says):
+    with pytest.raises(ValueError, match=says): Prompt(**bad)
+
+
+def test_scorers_by_name():
+    assert {type(scorer(n)) for n in SCORERS} == set(SCORERS.values())
+    assert scorer(brightness) is brightness and repr(scorer("dino:a/b")) == "dino:a/b" and repr(scorer("judge")) == "judge"
+    assert scorer("clip", "cuda:1").device == "cuda:1"
+    for bad, says in (("clpi", "clip"), ("judge:x", "no model")):
+        with pytest.raises(ValueError, match=says): scorer(bad)
+    for name in SCORERS: assert repr(pickle.loads(pickle.dumps(scorer(name)))) == repr(scorer(name))
+
+
+# ---------------------------------------------------------------- pretrained encoders, tiny and random
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    "Folders with a tiny CLIP, SigLIP and DINOv2 of random weights."
+    import transformers as t
+    root = tmp_path_factory.mktemp("encoders")
+    tokenizer = t.CLIPTokenizer.from_pretrained(TINY_SDXL, subfolder="tokenizer")
+    small = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2)
+    text = dict(**small, vocab_size=len(tokenizer), max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    vision, processor = dict(**small, image_size=32, patch_size=8), t.CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+    torch.manual_seed(0)
+    models = dict(clip=t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)),
+                  siglip=t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=vision)),
+                  dino=t.Dinov2Model(t.Dinov2Config(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, image_size=32, patch_size=8)))
+    for name, model in models.items():
+        for part in (model, processor, tokenizer): part.save_pretrained(root / name)
+    return {name: str(root / name) for name in models}
+
+
+@pytest.mark.parametrize("name,columns", [("clip", {"clip_text", "clip_score", "clip_image"}), ("siglip", {"siglip_text", "siglip_image"}), ("dino", {"dino"})])
+def test_encoders(encoders, name, columns):
+    made = scorer(f"{name}:{encoders[name]}", "cpu")
+    images = pictures(5)
+    long = Prompt("a {subject} " + "on the beach " * 30)                    # more than the encoder reads
+    found = score(made, images, [SNOW[0], SNOW[1], long, SNOW[0], SNOW[0]], CAT)
+    assert set(found) == columns and all(np.isfinite(v).all() and (np.abs(v) <= 2.5).all() for v in found.values())
+    alone = [score(made, images[i:i + 1], [SNOW[0], SNOW[1], long, SNOW[0], SNOW[0]][i], CAT) for i in range(5)]
+    for k in columns: np.testing.assert_allclose([a[k][0] for a in alone], found[k], atol=1e-5)
+    own = References("x", "cat", (images[0],))
+    to_self, other = score(made, images[:2], SNOW[0], own)[{"clip": "clip_image", "siglip": "siglip_image", "dino": "dino"}[name]]
+    assert to_self == pytest.approx(1, abs=1e-5) and other < to_self
+    nobody = score(made, images[:1], SNOW[0], References("x", "cat"))
+    assert sum(np.isnan(v).all() for v in nobody.values()) == 1             # the picture score; the text scores stay
+    again = pickle.loads(pickle.dumps(made))
+    np.testing.assert_allclose(next(iter(score(again, images[:1], SNOW[0], CAT).values())), next(iter(alone[0].values())), atol=1e-6)
+    big = [i.resize((80, 50)) for i in images[:2]]
+    assert all(np.isfinite(v).all() for v in score(made, big, SNOW[0], CAT).values())
+
+
+def test_text_score_reads_the_base_prompt(encoders):
+    clip, images = ClipScorer(encoders["clip"], "cpu"), pictures(2)
+    dog = References("pixel_the_cat", "dog")
+    a, b = (score(clip, images, SNOW[0], r)["clip_text"] for r in (References("x", "cat"), dog))
+    assert not np.allclose(a, b)
+    np.testing.assert_allclose(score(clip, images, SNOW[0], CAT)["clip_score"], 2.5 * np.maximum(a, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ClipScorer, DinoScorer, SiglipScorer])
+def test_missing_weights_say_how_to_get_them(kind, tmp_path):
+    with pytest.raises(ValueError, match="hf download"): score(kind(tmp_path / "nowhere" / "at" / "all"), pictures(1), SNOW[0], CAT)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="dinov2")))
+    with pytest.raises(ValueError, match="safetensors"): score(kind(tmp_path), pictures(1), SNOW[0], CAT)
+
+
+# ---------------------------------------------------------------- TinyWorld's instruments
+
+
+def ladder(name, style, background, seed):
+    "The truth, another of the class, another class, the subject as a photo; in one pose."
+    rng = np.random.default_rng([seed, 3])
+    pose, subject = random_pose(rng), SUBJECTS[name]
+    other = next(i for i in SUBJECTS.values() if i.cls != subject.cls)
+    return [Image.fromarray(render(i, s, background, pose, seed)) for i, s in ((subject, style), (random_instance(rng, subject.cls), style), (other, style), (subject, "photo"))]
+
+
+def climb(scorers, names=("pixel_the_cat", "herbie_the_car")):
+    "Scores [ladders, 4]."
+    rows = []
+    for name in names:
+        who = References(name, SUBJECTS[name].cls, tuple(Image.fromarray(p) for p, _ in reference_set(name)))
+        for k, style in enumerate(STYLES[1:]):
+            b = BACKGROUNDS[(k + len(name)) % len(BACKGROUNDS)]
+            rows.append(score(scorers, ladder(name, style, b, 100 + k), Prompt("a {subject}", style=style, background=b), who))
+    return {key: np.stack([r[key] for r in rows]) for key in rows[0]}
+
+
+def test_the_trained_judge_orders_the_ladder(trained_judge):
+    found = climb([JudgeScorer(), OracleScorer(), LeakScorer()])
+    truth, other, wrong, photo = range(4)
+    def above(name, a, b, right, gap, sign=1):
+        s = separation(sign * found[name][:, a], sign * found[name][:, b])
+        assert s["right"] >= right and s["gap"] >= gap, (name, a, b, s)
+    above("style", truth, photo, 1, .8)
+    above("identity", truth, other, .9, .4), above("identity", truth, wrong, .9, .4)
+    above("identity_photo", truth, other, .9, .4)
+    above("class", truth, wrong, 1, .8), above("class", other, wrong, 1, .8)
+    above("oracle", truth, other, .9, 1, -1), above("oracle", truth, photo, .95, .5, -1), above("oracle", truth, wrong, 1, 1.5, -1)
+    assert found["oracle"][:, other].mean() < found["oracle"][:, wrong].mean()
+    above("leak", truth, photo, 1, .7, -1), above("leak_photo", truth, photo, 1, .8, -1)
+
+
+def test_judge_probabilities_and_gaps(monkeypatch):
+    "A judge that says what we tell it: the scorer picks the right numbers."
+    logits = torch.full((2, 8), -20.)
+    style, background = logits.clone(), logits.clone()
+    style[0, STYLES.index("sketch")] = style[1, STYLES.index("neon")] = 20
+    background[:, BACKGROUNDS.index("snow")] = 20
+    cls = logits.clone(); cls[0, CLASSES.index("cat")] = cls[1, CLASSES.index("fish")] = 20
+    unit = torch.nn.functional.normalize(torch.eye(2, 64), dim=1)
+    monkeypatch.setattr(metrics, "judge_images", lambda judge, images: dict(style=style[:len(images)], cls=cls[:len(images)], background=background[:len(images)],
+                                                                            identity=unit[:1].expand(len(images), -1) if len(images) > 2 else unit, features=unit, vector=unit))
+    who = References("not in TinyWorld", "cat", CAT.images)
+    found = score(JudgeScorer(), pictures(2), [SNOW[0], SNOW[0]], who)
+    assert found["style"].round(3).tolist() == [1, 0] and found["class"].round(3).tolist() == [1, 0] and found["background"].round(3).tolist() == [1, 1]
+    assert found["identity_photo"].tolist() == [1, 0] and np.isnan(found["identity"]).all()
+    unasked = score(JudgeScorer(), pictures(2), Prompt("a {subject}"), References("x", "spaceship"))
+    assert all(np.isnan(unasked[k]).all() for k in ("style", "class", "background", "identity", "identity_photo"))
+
+
+def look(judge, images):
+    "A stand-in for the judge that describes pictures by a few of their own pixels."
+    x = torch.nn.functional.adaptive_avg_pool2d(metrics.as_tensor(images), 3).flatten(1)
+    return dict(features=x, identity=torch.nn.functional.normalize(x, dim=1), cls=x[:, :8], vector=x[:, :5], style=x[:, :8], background=x[:, :8])
+
+
+seen_bank = functools.cache(lambda name: truth_bank.__wrapped__(name, 4))
+
+
+@pytest.fixture
+def seeing(monkeypatch):
+    "With that stand-in, what the oracle and the leak score do can be checked without training."
+    monkeypatch.setattr(metrics, "judge_images", look)
+    monkeypatch.setattr(metrics, "truth_bank", seen_bank)
+    metrics._whitened.cache_clear()
+    yield
+    metrics._whitened.cache_clear()
+
+
+def test_oracle_without_training(seeing):
+    asked = Prompt("a {subject}", style="watercolor", background="night")
+    truth = [Image.fromarray(p) for p in true_renders("pixel_the_cat", "watercolor", "night", 6, seed=5)]
+    elsewhere = [Image.fromarray(p) for p in true_renders("pixel_the_cat", "watercolor", "beach", 6, seed=5)]
+    another = [Image.fromarray(p) for p in true_renders("pixel_the_cat", "neon", "night", 6, seed=5)]
+    true, place, style = (score(OracleScorer(), p, asked, CAT)["oracle"] for p in (truth, elsewhere, another))
+    assert .4 < true.mean() < 2 and place.mean() > 1.5 * true.mean() and style.mean() > 1.5 * true.mean()
+    anywhere = score(OracleScorer(), truth, Prompt("a {subject}", style="watercolor"), CAT)["oracle"]
+    assert (anywhere <= true + 1e-9).all() and np.isnan(score(OracleScorer(), truth, Prompt("a {subject}"), CAT)["oracle"]).all()
+
+
+def test_whitening():
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(4, 4))
+    truth = rng.normal(size=(8, 8, 16, 4)) @ mix + rng.normal(size=(8, 8, 1, 4)) * 10
+    means, w = whitening(truth)
+    assert np.allclose(means, truth.mean(2))
+    d = ((w @ (truth - means[:, :, None]).reshape(-1, 4).T) ** 2).mean()
+    assert .6 < d < 1.4                                                    # a typical deviation is about 1, whatever the scale
+
+
+def test_appearance_knows_colour_and_texture():
+    flat, noise = [Image.new("RGB", (64, 64), c) for c in ("gray", "red")], pictures(1)
+    grey, red, rough = appearance(flat + noise)
+    of = dict(zip(APPEARANCE, range(len(APPEARANCE))))
+    assert grey[of["saturation"]] == 0 < red[of["saturation"]] and grey[of["colourfulness"]] == 0 < red[of["colourfulness"]]
+    assert grey[of["flat share"]] == 1 and rough[of["flat share"]] < .1 and rough[of["fine detail"]] > .05 > grey[of["fine detail"]]
+    assert appearance([np.asarray(f) for f in flat]).tolist() == appearance(flat).tolist()
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_leak_follows_what_is_mixed_in(style, seeing):
+    asked, rng = Prompt("a {subject}", style=style, background="grass"), np.random.default_rng(4)
+    found = []
+    for seed in range(4):
+        pose = random_pose(rng)
+        a, b = (render(SUBJECTS["pixel_the_cat"], s, "grass", pose, seed).astype(float) for s in (style, "photo"))
+        mixed = [Image.fromarray(((1 - t) * a + t * b).astype(np.uint8)) for t in (0, .5, 1)]
+        found.append(score(LeakScorer(), mixed, asked, CAT)["leak"])
+    low, middle, high = np.mean(found, 0)
+    assert low < middle < high and abs(low) < .35 and abs(high - 1) < .35
+    assert np.isnan(score(LeakScorer(), mixed, Prompt("a {subject}", style="photo"), CAT)["leak"]).all()
+
+
+def test_tinyworld_scorers_say_what_they_cannot_do():
+    with pytest.raises(ValueError, match="64×64 pictures, got 32×32"): score(JudgeScorer(), pictures(1, 32), SNOW[0], CAT)
+    for s in (OracleScorer(), LeakScorer()):
+        with pytest.raises(ValueError, match="unknown TinyWorld subject"): score(s, pictures(1), SNOW[0], References("my dog", "dog"))
+
+
+def test_every_score_has_a_name_and_a_direction():
+    assert all(len(v) == 2 and v[1] in (1, -1) for v in METRICS.values())
+    found = score([scorer(n) for n in ("judge", "oracle", "leak")], pictures(1), SNOW[0], CAT)
+    assert set(found) <= set(METRICS)
+
+
+# ---------------------------------------------------------------- prompts and cases
+
+
+def test_prompt_sets():
+    sets = {n: prompt_set(n) for n in PROMPT_SETS}
+    assert {n: len(s) for n, s in sets.items()} == dict(tinyworld20=20, tinyworld=64, stylised=20, dreambench_object=25, dreambench_live=25)
+    for prompts in sets.values(): assert len({p.text for p in prompts}) == len(prompts) and all(p.kind for p in prompts)
+    twenty = sets["tinyworld20"]
+    assert {p.text for p in twenty} <= {p.text for p in sets["tinyworld"]} and sum(p.kind == "photo" for p in twenty) == 6
+    counts = [sum(p.background == b for p in twenty) for b in BACKGROUNDS]
+    assert max(counts) - min(counts) <= 1
+    data = prompt_data()["dreambench"]
+    assert len(data["class_nouns"]) == 30 and set(data["live_subjects"]) <= set(data["class_nouns"]) and "google/dreambooth" in data["source"]
+    assert sets["dreambench_object"][:10] == sets["dreambench_live"][:10] and sets["dreambench_live"][12].text == "a {subject} wearing a rainbow scarf"
+
+
+def test_prompts_from_files(tmp_path):
+    (tmp_path / "a.txt").write_text("# mine\n\na {subject} on the moon\n{subject} asleep\n")
+    assert [p.text for p in prompt_set(tmp_path / "a.txt")] == ["a {subject} on the moon", "{subject} asleep"]
+    (tmp_path / "b.json").write_text(json.dumps(["a {subject}", dict(text="a sketch of a {subject}", style="sketch")]))
+    assert prompt_set(str(tmp_path / "b.json"))[1].style == "sketch"
+    (tmp_path / "c.txt").write_text("a cat\n")
+    (tmp_path / "d.json").write_text("[{}]")
+    for bad, says in (("c.txt", "subject"), ("d.json", "d.json"), ("e.txt", "no file")):
+        with pytest.raises(ValueError, match=says): prompt_set(tmp_path / bad)
+    with pytest.raises(ValueError, match="Did you mean"): prompt_set("tinywold")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Two saved subjects with random adapters, and their cases by TinyWorld's names."
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+    root, made = tmp_path_factory.mktemp("subjects"), {}
+    unet = UNet2DConditionModel.from_pretrained(TINY_SDXL, subfolder="unet", torch_dtype=torch.float32)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    for i, (name, noun) in enumerate((("pixel", "cat"), ("bolt", "robot"))):
+        g = torch.Generator().manual_seed(i)
+        for key, p in unet.named_parameters():
+            if "lora_" in key: p.data = .08 * torch.randn(p.shape, generator=g)
+        save_adapter(unet, root / name)
+        made[f"{name}_the_{noun}"] = Subject(f"<{name}>", noun, folder=str(root / name), signature=base_signature(unet)).save().folder
+    return made
+
+
+@pytest.fixture(scope="module")
+def cases(folders): return as_cases([(folder, name) for name, folder in folders.items()])
+
+
+def test_cases(folders, cases):
+    assert [c.references.name for c in cases] == list(folders) and all(len(c.references.images) == 4 and c.style_prompt == "a photo of a {subject}" for c in cases)
+    plain = case(folders["pixel_the_cat"], pictures(3))
+    assert plain.references.name == "pixel" and len(plain.references.images) == 3 and case(folders["pixel_the_cat"]).references.images == ()
+    named = as_cases({"a": (folders["pixel_the_cat"], "pixel_the_cat"), "b": folders["bolt_the_robot"], "c": cases[0]})
+    assert [c.references.name for c in named] == ["a", "b", "c"]
+    for bad, says in (([], "none"), ([folders["pixel_the_cat"]] * 2, "twice"), (["/no/such/folder"], "no folder"), ([(folders["pixel_the_cat"], "/no/pictures")], "no")):
+        with pytest.raises((ValueError, OSError), match=says): as_cases(bad)
+
+
+def test_named_rules():
+    assert list(named_rules({"mine": "cfg", "theirs": CFG(3)})) == ["mine", "theirs"]
+    assert list(named_rules(["style_contrast:text=3", "truth"])) == ["style contrast 3/3", "true renders"]
+    same = named_rules(["style_contrast:whole=false", "style_contrast"])          # one label, two rules
+    assert len(same) == 2 and all("StyleContrast" in n for n in same)
+    for bad, says in (([], "none"), (["cfg", "cfg"], "twice"), ([None], "expected a rule"), (["cgf"], "cfg")):
+        with pytest.raises(ValueError, match=says): named_rules(bad)
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def test_noise_is_paired_and_fixed_for_ever():
+    assert noise_seed(0, "pixel_the_cat", "a {subject}") == 897642315
+    found = {noise_seed(s, n, p.text) for s in range(4) for n in SUBJECTS for p in prompt_set("tinyworld")}
+    assert len(found) == 4 * 12 * 64 and all(0 <= n < 2**31 for n in found)
+
+
+def test_plan_covers_the_grid_once():
+    jobs = plan(["a", "b", "c"], ["x", "y"], 5, [0, 7], 4)
+    cells = [(j.subject, j.rule, *c) for j in jobs for c in j.cells]
+    assert len(cells) == len(set(cells)) == 3 * 2 * 5 * 2 and [j.index for j in jobs] == list(range(len(jobs)))
+    assert max(len(j.cells) for j in jobs) == 4 and [j.rule for j in jobs[:4]] == ["x", "y", "x", "y"]
+    shares = [share(jobs, i, 3) for i in range(3)]
+    assert sorted(j.index for s in shares for j in s) == list(range(len(jobs))) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+SMALL = dict(prompts=SNOW, rules=["consistency:text=5", "style_contrast:text=5"], seeds=2, scorers=[brightness], steps=2, batch_size=3, progress=False, threads=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(cases, tmp_path_factory):
+    "A small evaluation, done in one go: (table, folder)."
+    folder = tmp_path_factory.mktemp("whole") / "results"
+    return evaluate(cases, **SMALL, images="png", output=folder), folder
+
+
+def test_the_grid_is_complete_and_paired(whole, cases):
+    table, folder = whole
+    assert len(table) == 2 * 2 * 2 * 2 and not table.duplicated(["subject", "rule", "prompt", "seed"]).any()
+    assert (table.groupby(["subject", "prompt", "seed"]).noise.nunique() == 1).all() and table.noise.nunique() == 8
+    assert table.brightness.notna().all() and set(table.family) == {"consistency", "style_contrast"} and set(table.kind) == {"stylised", "photo"}
+    saved = pd.read_csv(folder / SCORES)
+    assert saved.brightness.tolist() == table.brightness.tolist()              # to the last bit
+    for row in table.itertuples():
+        picture = Image.open(folder / picture_name(row.subject, row.rule, row.prompt, row.seed, "png"))
+        assert picture.size == (64, 64) and np.asarray(picture).mean() / 255 == row.brightness
+    assert not [p for p in folder.rglob(".*") if p.is_file()]                   # no temporary file is left
+    speed = throughput(folder)
+    assert speed["pictures"] == 16 and speed["per_second"] > 0 and 0 <= speed["scoring_share"] < 1
+
+
+def test_a_cell_is_what_the_pipeline_draws(whole, cases):
+    "Whoever has the noise seed of a row gets its picture."
+    from parallel_rescale.pipeline import SubjectPipeline
+    table, folder = whole
+    job = plan([c.references.name for c in cases], list(table.rule.unique()), 2, [0, 1], 3)[0]
+    rows = table[(table.subject == job.subject) & (table.rule == job.rule)].head(3)
+    pipe = SubjectPipeline.from_pretrained(TINY_SDXL, torch_dtype=torch.float32).load_subject(cases[0].folder)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe([t.replace("{subject}", "<pixel>") for t in rows.text], guidance=ConsistencyGuidance(5., 3.), num_inference_steps=2,
+                 generator=[torch.Generator().manual_seed(n) for n in rows.noise]).images
+    assert np.abs(np.array([np.asarray(d).mean() / 255 for d in drawn]) - rows.brightness).max() < 1e-4
+
+
+class Stops:
+    "A scorer that is interrupted at its n-th call."
+    def __init__(self, at): self.at, self.calls = at, 0
+    def __repr__(self): return repr(brightness)
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.at: raise KeyboardInterrupt
+        return brightness(*args)
+
+
+def test_interrupted_and_gone_on(whole, cases, tmp_path):
+    table, folder = whole
+    first, output = Stops(3), tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt): evaluate(cases, **SMALL | dict(scorers=[first]), images="png", output=output)
+    assert len(done_jobs(output)) == 2 and len(load_scores(output)) == 6
+    (output / PARTS / ".000002.json.99").write_text("{half")                    # what a crash in the middle of writing leaves
+    kept = {p: p.stat().st_mtime_ns for p in (output / PARTS).glob("0*.json")}
+    again = Stops(0)
+    evaluate(cases, **SMALL | dict(scorers=[again]), images="png", output=output)
+    assert again.calls == 8 - 2 and all(p.stat().st_mtime_ns == t for p, t in kept.items())   # nothing twice
+    assert (output / SCORES).read_bytes() == (folder / SCORES).read_bytes()                    # nothing lost, and the same to the last bit
+    third = Stops(0)
+    assert len(evaluate(cases, **SMALL | dict(scorers=[third]), images="png", output=output)) == 16 and third.calls == 0
+
+
+@pytest.mark.parametrize("change,says", [(dict(steps=3), "num_inference_steps"), (dict(seeds=3), "seeds"), (dict(rules=["consistency:text=6", "style_contrast:text=5"]), "rules differ"),
+                                         (dict(prompts=SNOW[:1]), "prompts"), (dict(scorers=["judge"]), "scorers"), (dict(batch_size=2), "batch_size"),
+                                         (dict(negative_prompt="a photo"), "negative_prompt"), (dict(images=None), "images")])
+def test_two_manifests_are_never_mixed(whole, cases, change, says):
+    _, folder = whole
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"(?s)another evaluation.*{says}"): evaluate(cases, **SMALL | dict(images="png") | change, output=folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_other_weights_or_versions_are_another_evaluation(whole, cases, tmp_path):
+    _, folder = whole
+    with pytest.raises(ValueError, match="subjects differ in pixel_the_cat"):
+        other = replace(cases[0], folder=cases[1].folder)
+        open_results(folder, make_plan([other, cases[1]], **{k: v for k, v in SMALL.items() if k != "progress"}, images="png").manifest())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["versions"]["torch"] = "0.1"
+    with pytest.raises(ValueError, match="torch"): open_results(folder, manifest)
+    (tmp_path / "x").mkdir(); (tmp_path / "x" / "diary.txt").write_text("dear diary")
+    with pytest.raises(ValueError, match="something else"): open_results(tmp_path / "x", manifest)
+    with pytest.raises(ValueError, match="no results folder"): load_scores(tmp_path)
+    with pytest.raises(ValueError, match="no picture has been scored"): load_scores(open_results(tmp_path / "new", manifest))
+
+
+def test_folders_can_be_read_together(whole, cases, tmp_path):
+    table, folder = whole
+    more = tmp_path / "more"
+    open_results(more, json.loads((folder / MANIFEST).read_text()))
+    row = table.iloc[0].to_dict() | dict(rule="another")
+    save_result(more, dict(job=0, rows=[row], pictures={}, sampling=1., scoring=0.))
+    assert len(load_scores(folder, more)) == 17
+    with pytest.raises(ValueError, match="occur twice"): load_scores(folder, folder)
+
+
+@pytest.mark.parametrize("bad,says", [(dict(seeds=0), "seeds"), (dict(seeds=[1, 1]), "seeds"), (dict(steps=0), "steps"), (dict(batch_size=1.5), "batch_size"), (dict(images="gif"), "images"),
+                                      (dict(scorers=["jugde"]), "judge"), (dict(rules=["cgf"]), "cfg"), (dict(prompts="nowhere.txt"), "no file"), (dict(dtype="int8"), "dtype")])
+def test_bad_arguments_are_found_before_any_work(cases, tmp_path, bad, says):
+    with pytest.raises(ValueError, match=says): evaluate(cases, **SMALL | bad, output=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_truths_are_drawn_by_the_renderer(cases):
+    p = make_plan(cases[:1], SNOW, ["truth", "truth_vae"], 1, [brightness], device="cpu")
+    worker = Worker(p)
+    sharp, rebuilt = (worker.draw(cases[0], r, SNOW, [3, 4]) for r in ("truth", "truth_vae"))
+    assert [i.size for i in sharp + rebuilt] == [(64, 64)] * 4 and np.asarray(sharp[0]).tolist() == np.asarray(draw_truth("pixel_the_cat", SNOW, [3, 4])[0]).tolist()
+    with pytest.raises(ValueError, match="no TinyWorld style"): draw_truth("pixel_the_cat", [Prompt("a {subject}")], [0])
+    with pytest.raises(ValueError, match="TinyWorld subject"): make_plan({"mine": cases[0]}, SNOW, ["truth"], 1, [brightness])
+
+
+def test_every_rule_of_the_family_can_be_evaluated(cases, tmp_path):
+    table = evaluate(cases[:1], SNOW[:1], {n: c() for n, c in RULES.items()} | {"base": CFG(adapter=0)}, 1, [brightness], tmp_path / "r", steps=1, progress=False, device="cpu")
+    assert set(table.rule) == {*RULES, "base"} and table.brightness.between(0, 1).all()
+
+
+def test_unet_throughput(cases):
+    assert unet_throughput(load_pipeline(TINY_SDXL, "cpu", "float32"), 1, 1, 1, 1) > 0
+
+
+# ---------------------------------------------------------------- many workers
+
+SCRIPT = """
+import sys
+from parallel_rescale.evaluate import evaluate
+from tests_scorer import brightness
+subjects = dict(zip(sys.argv[2::3], zip(sys.argv[3::3], sys.argv[4::3])))
+from parallel_rescale.metrics import Prompt
+prompts = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
+evaluate(subjects, prompts, ["consistency:text=5", "style_contrast:text=5"], 2, [brightness], sys.argv[1], steps=2, batch_size=3, progress=False, threads=1, device="cpu")
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_processes_give_the_same(whole, folders, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    (tmp_path / "tests_scorer.py").write_text("import numpy as np\ndef brightness(images, prompts, references): return {'brightness': [np.asarray(i).mean() / 255 for i in images]}\n")
+    names = [a for n, f in folders.items() for a in (n, f, n)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", "0", "run.py", str(tmp_path / "r"), *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "r" / SCORES).read_bytes() == (whole[1] / SCORES).read_bytes()
+
+
+class KillsOneWorker:
+    "A scorer that kills its own process, once, in the middle of the grid."
+    def __init__(self, flag): self.flag = str(flag)
+    def __repr__(self): return repr(brightness)
+    def __call__(self, images, prompts, references):
+        try: os.close(os.open(self.flag, os.O_CREAT | os.O_EXCL))
+        except FileExistsError: return {"brightness": [np.asarray(i).mean() / 255 for i in images]}
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fails:
+    def __repr__(self): return "fails"
+    def __call__(self, *args): raise ValueError("a scorer of the user's own has a bug")
+
+
+@pytest.fixture
+def local_ray():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_and_survives_a_killed_worker(whole, cases, tmp_path, local_ray):
+    import cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])               # the workers cannot import a test module
+    flag = tmp_path / "flag"
+    evaluate(cases, **SMALL | dict(scorers=[KillsOneWorker(flag)]), output=tmp_path / "r", ray=True, workers=2)
+    assert flag.exists() and (tmp_path / "r" / SCORES).read_bytes() == (whole[1] / SCORES).read_bytes()
+    with pytest.raises(ValueError, match="a bug"): evaluate(cases, **SMALL | dict(scorers=[Fails()]), output=tmp_path / "f", ray=True, workers=1)
+
+
+def test_room_for_workers():
+    assert room_for(dict(CPU=8., GPU=2.), 1, 1) == 2 and room_for(dict(CPU=8.), 2, 0) == 4 and room_for(dict(CPU=1.), .5, 0) == 2
+    for resources, cpus, gpus in ((dict(CPU=2.), 64, 0), (dict(CPU=2.), 1, 1), ({}, 1, 0)):
+        with pytest.raises(ValueError, match="a worker needs"): room_for(resources, cpus, gpus)
+
+
+def test_without_ray_there_is_one_clear_error(cases, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"parallel_rescale\[ray\]"): evaluate(cases, **SMALL, output=tmp_path / "r", ray=True)
+
+
+# ---------------------------------------------------------------- reading the table
+
+
+def made_up(n_subjects=12, gain=.05, seed=0, scales=(1., 2., 3.), nan=False):
+    rng, rows = np.random.default_rng(seed), []
+    for s in range(n_subjects):
+        easy = rng.normal(0, .2)
+        for p in range(4):
+            for k in range(3):
+                shared = rng.normal(0, .2)
+                for family, extra in (("consistency", 0.), ("parallel_rescale", gain)):
+                    for scale in scales:
+                        rows.append(dict(subject=f"s{s}", rule=f"{family} {scale:g}", family=family, prompt=p, text=f"{{subject}} {p}", kind="photo" if p == 3 else "stylised",
+                                         prompt_style=None, prompt_background=None, seed=k, noise=k, style=1 - .05 * scale + .01 * rng.normal(),
+                                         identity=.3 + .1 * scale + easy + extra + shared + .01 * rng.normal(), leak=np.nan if nan or p == 3 else .1 * scale))
+    return pd.DataFrame(rows)
+
+
+TABLE = made_up()
+
+
+def test_summarize():
+    found = summarize(TABLE)
+    assert set(found.metric) == {"style", "identity", "leak"} and set(found.subjects) == {12}
+    row = found.query("rule == 'consistency 2' and metric == 'identity'").iloc[0]
+    part = TABLE[TABLE.rule == "consistency 2"]
+    assert row["mean"] == pytest.approx(part.groupby("subject").identity.mean().mean()) and row.low < row["mean"] < row.high and row.pictures == len(part)
+    assert found.query("metric == 'leak'").pictures.max() == 12 * 9            # pictures without a score do not count
+    assert summarize(made_up(nan=True), "leak")["mean"].isna().all()
+    one = summarize(TABLE[TABLE.subject == "s0"], "identity")
+    assert one["mean"].notna().all() and one.low.isna().all() and set(one.subjects) == {1}
+    with pytest.raises(ValueError, match="identity"): summarize(TABLE, "identitty")
+
+
+def test_the_subject_is_the_unit():
+    "A hundred times the pictures of the same subjects do not narrow the interval; more subjects do."
+    few, many = TABLE, pd.concat([TABLE.assign(seed=TABLE.seed + 3 * i) for i in range(20)])
+    width = lambda t: (lambda r: r.high - r.low)(summarize(t, "identity").iloc[0])
+    assert width(many) == pytest.approx(width(few)) and width(made_up(48)) < .7 * width(few)
+
+
+def test_pairing_finds_what_means_cannot():
+    summary = summarize(TABLE, "identity").set_index("rule")
+    a, b = summary.loc["consistency 2"], summary.loc["parallel_rescale 2"]
+    assert a.high > b.low                                                      # the intervals of the means overlap
+    row = compare(TABLE, "consistency 2", "identity", ["parallel_rescale 2"]).iloc[0]
+    assert row.clear and abs(row.difference - .05) < .01 and row.pairs == 12 * 12 and row.subjects == 12
+    back = compare(TABLE, "parallel_rescale 2", "identity", ["consistency 2"]).iloc[0]
+    assert back.difference == pytest.approx(-row.difference) and back.low == pytest.approx(-row.high, abs=.01)
+    gaps = paired_differences(TABLE.drop(TABLE.index[TABLE.rule == "consistency 2"][:1]), "identity", "parallel_rescale 2", "consistency 2")
+    assert gaps.pairs.sum() == 12 * 12 - 1                                     # a picture without its partner does not count
+    with pytest.raises(ValueError, match="unknown rule"): compare(TABLE, "consistency 9")
+
+
+def test_interval_keeps_its_promise():
+    rng = np.random.default_rng(0)
+    held = np.mean([low <= 0 <= high for _, low, high in (mean_interval(rng.normal(size=12)) for _ in range(300))])
+    assert .9 < held < .99
+    assert levels(12)[0] < levels(100)[0] < .025 and levels(10**6)[0] == pytest.approx(.025, abs=1e-4)
+    assert mean_interval([1.]) == (1., pytest.approx(np.nan, nan_ok=True), pytest.approx(np.nan, nan_ok=True)) and np.isnan(mean_interval([np.nan])[0])
+    values = rng.normal(size=(12, 3))
+    estimate, low, high = interval(lambda v: v.mean(0), values)
+    assert np.allclose(estimate, values.mean(0)) and (low < estimate).all() and (estimate < high).all()
+    assert np.allclose([low[0], high[0]], mean_interval(values[:, 0])[1:])
+
+
+def test_front_and_hypervolume():
+    points = np.array([[.9, .1], [.5, .5], [.1, .9], [.4, .4], [.9, .1]])
+    assert pareto(points).tolist() == [True, True, True, False, True]
+    assert hypervolume(points) == pytest.approx(.1 * .9 + .4 * .5 + .4 * .1)
+    assert hypervolume(points, (.5, .5)) == 0 and hypervolume(points[:1]) == pytest.approx(.09)
+    rng = np.random.default_rng(0)
+    cloud = rng.random((30, 2))
+    grid = (np.stack(np.meshgrid(*[np.arange(200) / 200 + .0025] * 2), -1).reshape(-1, 1, 2) <= cloud[None]).all(-1).any(1).mean()
+    assert hypervolume(cloud) == pytest.approx(grid, abs=.01)                  # counted cell by cell
+    assert hypervolume(cloud) == pytest.approx(hypervolume(cloud[pareto(cloud)]))
+
+
+def test_hypervolumes_and_matched_find_the_better_family():
+    found = hypervolumes(TABLE).set_index("family")
+    assert found.loc["parallel_rescale", "difference_low"] > 0 and found.loc["consistency", "difference"] == 0 and set(found.settings) == {3}
+    gap = matched(TABLE, "parallel_rescale", "consistency")
+    assert gap["low"] > 0 and abs(gap["difference"] - .05) < .01 and gap["subjects"] == 12
+    none = matched(made_up(gain=0.), "parallel_rescale", "consistency")
+    assert abs(none["difference"]) < .01
+    # where less is better, the axis is turned round
+    better = TABLE.assign(leak=np.where(TABLE.family == "consistency", .5, .2))
+    assert hypervolumes(better, "leak", "identity", reference=(1., 0.)).set_index("family").loc["parallel_rescale", "difference_low"] > 0
+    assert np.isnan(curve_gap(np.array([[0., 1], [1, 1]]), np.array([[2., 1], [3, 1]])))
+    with pytest.raises(ValueError, match="one setting"): matched(TABLE[TABLE.rule != "consistency 1"][lambda t: t.rule != "consistency 2"], "consistency", "parallel_rescale")
+    with pytest.raises(ValueError, match="no pictures yet"): tradeoff_points(TABLE[(TABLE.subject != "s0") | (TABLE.rule != "consistency 1")], "style", "identity")
+
+
+def test_worst_looks_at_the_bad_end():
+    assert worst(TABLE, "identity", 5).identity.max() <= TABLE.identity.nsmallest(5).max()
+    assert worst(TABLE, "leak", 5).leak.min() >= TABLE.leak.nlargest(5).min()
+
+
+def test_axes():
+    assert axes_of(TABLE) == ("style", "identity") and axes_of(TABLE.assign(style=np.nan)) is None
+    assert axes_of(pd.DataFrame(dict(clip_text=[.2], dino=[.5], prompt=[0]))) == ("clip_text", "dino") and metrics_of(TABLE) == ["style", "identity", "leak"]
+
+
+def test_report(whole, tmp_path):
+    folder = open_results(tmp_path / "r", json.loads((whole[1] / MANIFEST).read_text()) | dict(rules={r: r for r in TABLE.rule.unique()}, families=TABLE.set_index("rule").family.to_dict()))
+    save_result(folder, dict(job=0, rows=TABLE.astype(object).where(TABLE.notna(), None).to_dict("records"), pictures={}, sampling=2., scoring=1.))
+    text = report(folder).read_text()
+    for expected in ("12 subjects × 4 prompts × 3 seeds × 6 rules: 864 pictures", "Scores under stylised prompts", "Difference from consistency 1", "hypervolume", "Worst identity", "`tiny_sdxl`"):
+        assert expected in text, expected
+    assert (folder / "tradeoff.png").stat().st_size > 5000
+
+
+def test_report_of_a_real_run(whole):
+    _, folder = whole
+    text = report(folder).read_text()
+    assert "16 pictures of 16" in text and (folder / "pictures.png").is_file() and "brightness" in text
+
+
+def test_tradeoff_plot():
+    import matplotlib
+    matplotlib.use("agg")
+    truth = TABLE[TABLE.rule == "consistency 1"].assign(rule="true renders", family="truth")
+    axes = plot_tradeoff(pd.concat([TABLE, truth]))
+    labels = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert labels == ["consistency", "parallel rescale", "true renders"] and axes.get_xlabel() == "style probability"
