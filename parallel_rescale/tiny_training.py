@@ -344,7 +344,7 @@ def assemble(vae, painter, tokenizer):
     return pipe
 
 def export(work, folder):
-    "Write `work`'s parts as the diffusers folder `folder` (float16, safetensors)."
+    "Write `work`'s parts as the diffusers folder `folder` (safetensors; UNet and autoencoder in float16)."
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     painter = work / "painter"
@@ -352,7 +352,9 @@ def export(work, folder):
     parts.unet = UNet2DConditionModel.from_pretrained(painter / "unet")
     parts.text_encoder = CLIPTextModel.from_pretrained(painter / "text_encoder")
     parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(painter / "text_encoder_2")
-    assemble(AutoencoderKL.from_pretrained(work / "vae"), parts, CLIPTokenizer.from_pretrained(work / "tokenizer")).to(torch.float16).save_pretrained(folder)
+    pipe = assemble(AutoencoderKL.from_pretrained(work / "vae"), parts, CLIPTokenizer.from_pretrained(work / "tokenizer"))
+    pipe.unet.half(); pipe.vae.half()          # not the small text encoders: transformers 5 would load them in half precision, beside a UNet in full
+    pipe.save_pretrained(folder)
     readable_by_older_versions(Path(folder))
 
 def readable_by_older_versions(folder):

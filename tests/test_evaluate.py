@@ -517,7 +517,7 @@ class Fails:
 
 @pytest.fixture
 def local_ray():
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray"); pytest.importorskip("cloudpickle")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
