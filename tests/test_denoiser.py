@@ -157,7 +157,7 @@ RULES = [CFG(), ConsistencyGuidance(), ParallelRescale(), ParallelRescale(ratio=
          every(ParallelRescale(), 2), interval(ParallelRescale(), .25, .75)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", RULES)
 def test_batched_equals_one_by_one(adapted, rule):
     seen = {True: [], False: []}
     for batched in seen:

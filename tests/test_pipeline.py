@@ -111,7 +111,7 @@ RULES = [ConsistencyGuidance(), ParallelRescale(), OrthogonalOnly(), AutoGuidanc
          interval(ParallelRescale(), 0, .5)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_the_denoiser_in_a_stock_pipeline(pipe, folders, rule):
     other = stock(folders / "dog")
     named = encode_prompts(other, {"null": "", "base": "a dog on the beach", "subject": PROMPT})
@@ -186,7 +186,7 @@ def test_text_encoder_adapters_belong_to_the_subject(folders):
 
 # --- record ---
 
-@pytest.mark.parametrize("rule", [ParallelRescale(), ConsistencyGuidance(), every(OrthogonalOnly(), 2), Contrast()], ids=repr)
+@pytest.mark.parametrize("rule", [ParallelRescale(), ConsistencyGuidance(), every(OrthogonalOnly(), 2), Contrast()])
 def test_record(pipe, rule):
     record = Record(maps=True)
     pictures = draw(pipe, [PROMPT] * 2, guidance=rule, record=record)
