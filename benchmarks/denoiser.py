@@ -41,12 +41,12 @@ def load_unet(base, size, device, dtype, rank):
 
 class Timer:
     "Adds up the time spent in `forward` of a module."
-    def __init__(self, unet): self.unet, self.forward, self.seconds = unet, unet.forward, 0.
+    def __init__(self, unet): self.unet, self.forward, self.device, self.seconds = unet, unet.forward, unet.device, 0.
 
     def __call__(self, *args, **kwargs):
-        start = now(self.unet.device)
+        start = now(self.device)
         try: return self.forward(*args, **kwargs)
-        finally: self.seconds += now(self.unet.device) - start
+        finally: self.seconds += now(self.device) - start
 
     def __enter__(self): self.unet.forward = self; return self
     def __exit__(self, *_): del self.unet.forward
@@ -81,9 +81,10 @@ def main():
     a = parser.parse_args()
     unet = load_unet(a.base, a.size, a.device, getattr(torch, a.dtype), a.rank)
     like, side, scheduler = next(unet.parameters()), unet.config.sample_size, EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+    tokens = 32 if a.base == TINY_SDXL else 77      # a prompt's, as the tokenizer pads it
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     def random(*shape): return torch.randn(*shape, device=like.device, dtype=like.dtype)
-    prompts = {name: PromptEmbeds(random(1, 77, unet.config.cross_attention_dim), random(1, pooled)) for name in ("null", "base", "subject")}
+    prompts = {name: PromptEmbeds(random(1, tokens, unet.config.cross_attention_dim), random(1, pooled)) for name in ("null", "base", "subject")}
     ids = torch.tensor([[8. * side] * 2 + [0.] * 2 + [8. * side] * 2], device=like.device, dtype=like.dtype)
 
     def call(x, t, *names, **kwargs):
@@ -104,7 +105,7 @@ def main():
             "three": with_rule(ParallelRescale(), batched=False), "every": with_rule(every(ParallelRescale(), 2)), "cfg": with_rule(CFG())}
     device = torch.cuda.get_device_name() if like.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     base = "the embedded model" if a.base == TINY_SDXL else f"random-sdxl ({a.size})" if a.base == "random-sdxl" else a.base
-    lines = [f"# Guided sampling: {base}", "", f"{device}, {a.dtype}, latents {side}×{side}, LoRA rank {a.rank}, torch {torch.__version__}; {a.steps} steps, medians of {a.repeats} turns. "
+    lines = [f"# Guided sampling: {base}", "", f"{device}, {a.dtype}, latents {side}×{side}, {tokens} tokens, LoRA rank {a.rank}, torch {torch.__version__}; {a.steps} steps, medians of {a.repeats} turns. "
              "One call: `ParallelRescale` through `guided`; two calls: null and base with the LoRA at scale 0, then the subject (the DCO authors' sampler); "
              "three calls: `batched=False`; `every`: `every(ParallelRescale(), 2)`. Ratios are of times in the same turn.", "",
              "| batch | one call, ms a step | two calls / one | three calls / one | outside the UNet | every / CFG | one call / CFG |", "| --- | --- | --- | --- | --- | --- | --- |"]

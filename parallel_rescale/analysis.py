@@ -18,7 +18,8 @@ import pandas as pd
 
 from .grid import TRUTHS, load_scores, picture_name, read_manifest, throughput, write_atomically
 from .metrics import METRICS
-from .plot import RULE_COLORS, image_grid
+from . import RULES
+from .plot import image_grid
 from .world import check_name
 
 # %% ../nbs/10c_analysis.ipynb #c009
@@ -120,7 +121,7 @@ def tradeoff_points(table: pd.DataFrame, x: str, y: str) -> tuple[pd.DataFrame, 
 # %% ../nbs/10c_analysis.ipynb #c022
 def family_color(family: str) -> str:
     "The colour of a family of rules; truths are grey."
-    return RULE_COLORS.get(family, "0.45")
+    return RULES[family].color if family in RULES else "0.45"
 
 def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax=None, title: str | None = None):
     "One curve a family, a point for each rule in the table's order with its 95 % intervals; truths as crosses. Returns the axes."

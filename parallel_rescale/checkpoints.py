@@ -126,7 +126,9 @@ def check_output(output, resume=False, overwrite=False):
     output = Path(output)
     if output.is_file(): raise ValueError(f"output={str(output)!r}: is a file, expected a folder")
     held = sorted(p.name for p in output.iterdir()) if output.exists() else []
-    if not held or overwrite or (resume and SETTINGS in held): return
+    ours = {SETTINGS, 'subject.json'} & set(held)
+    if not held or ours and overwrite or resume and SETTINGS in held: return
+    if overwrite: raise ValueError(f"output={str(output)!r}: holds {', '.join(held[:4])}{' …' if len(held) > 4 else ''} and no run, and overwrite=True replaces nothing but a run; take another folder")
     hint = "resume_from_checkpoint='latest' goes on with it; " if SETTINGS in held else ''
     raise ValueError(f"output={str(output)!r}: holds {', '.join(held[:4])}{' …' if len(held) > 4 else ''} already; {hint}overwrite=True replaces an earlier run; or take another folder")
 

@@ -29,7 +29,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from tqdm.auto import tqdm
 
 from .adapters import (
-    ATTENTION, DTYPES, EVERYTHING, add_lora, add_token, embed, flatten, load_adapter, load_base, mean_norm, rescale_row, rows_of, unet_config)
+    ATTENTION, DTYPES, EVERYTHING, add_lora, add_token, check_words, embed, flatten, load_adapter, load_base, mean_norm, rescale_row, rows_of, unet_config)
 from .checkpoints import (
     CHECKPOINT, SETTINGS, append_log, check_output, clear_output, cut_log, find_checkpoint, interruptible, read_state, restore, step_generator, training_log,
     write_checkpoint, write_json)
@@ -319,6 +319,7 @@ def check_settings(s):
 # %% ../nbs/09_dco.ipynb #c056
 def check_combinations(s):
     "ValueError where a setting could not act beside the others, or the library for it is missing."
+    if s.token == s.class_noun: raise ValueError(f"token={s.token!r}: is the class noun itself; take a new word such as '<{s.token}>'")
     if not s.class_noun or not str(s.class_noun).strip(): raise ValueError(f"class_noun={s.class_noun!r}: expected a noun such as 'dog'")
     if not s.rank and not s.train_text_encoder_ti: raise ValueError("rank=0 and train_text_encoder_ti=False: nothing is left to train")
     if s.loss == 'dco' and s.snr_gamma is not None: raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
@@ -356,6 +357,7 @@ def resolve(settings):
 # %% ../nbs/09_dco.ipynb #c059
 def load_run(references, s, accelerator):
     "Load the base model, teach its text encoders the token and give its UNet a LoRA."
+    check_words(s.base, s.token, s.class_noun)
     pipe = load_base(s.base, s.mixed_precision, accelerator.device)
     encoders = dict(clip_l=(pipe.tokenizer, pipe.text_encoder), clip_g=(pipe.tokenizer_2, pipe.text_encoder_2))
     norms = tuple(mean_norm(encoder.get_input_embeddings().weight) for _, encoder in encoders.values())

@@ -87,7 +87,8 @@ class Worker:
         if isinstance(rule, str): return draw_truth(case.references.name, prompts, noise, self.pipe.vae if rule == "truth_vae" else None)
         self.place(case)
         noun, token = case.references.class_noun, self.pipe.subject.token
-        further = {"reference": base_prompt(case.style_prompt, noun)} if any(b.prompt == "reference" for b in rule.branches) else None
+        style = {"reference": case.style_prompt, "subject_reference": case.style_prompt}
+        further = {b.prompt: style[b.prompt] for b in rule.branches if b.prompt in style} or None
         return self.pipe([subject_prompt(p.text, token) for p in prompts], guidance=rule, base_prompt=[base_prompt(p.text, noun) for p in prompts],
                          prompts=further, generator=[torch.Generator().manual_seed(n) for n in noise], **self.plan.sampler).images
 
@@ -145,7 +146,7 @@ def ray_results(plan: Plan, jobs: Sequence[Job],
     "Do the jobs on Ray's workers, in the order in which they finish; a job whose worker died is done again."
     ray = import_ray()
     own = not ray.is_initialized()
-    if own: ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
+    if own: ray.init(address=address or "local", log_to_driver=False, include_dashboard=None if address else False)
     gpus = int(torch.device(plan.device).type == "cuda") if gpus is None else gpus
     fit = room_for(ray.cluster_resources(), cpus, gpus)
     remote, kept = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_RayWorker), ray.put(plan)
@@ -158,7 +159,9 @@ def ray_results(plan: Plan, jobs: Sequence[Job],
             (ready,), _ = ray.wait(list(running), num_returns=1)
             worker, job = running.pop(ready)
             try: result = ray.get(ready)
-            except ray.exceptions.RayTaskError as error: raise error.cause if isinstance(getattr(error, "cause", None), Exception) else error from None
+            except ray.exceptions.RayTaskError as error:           # the job itself is at fault, and would be again
+                if isinstance(error.cause, Exception): raise error.cause from error
+                raise
             except ray.exceptions.RayError as error:               # the worker died, or its machine
                 lost[job] = lost.get(job, 0) + 1
                 if lost[job] > retries:
@@ -175,8 +178,10 @@ def ray_results(plan: Plan, jobs: Sequence[Job],
 
 class _RayWorker:
     "A `Worker` as Ray sees it."
-    def __init__(self, plan): self.worker = Worker(plan)
-    def do(self, job): return self.worker(job)
+    def __init__(self, plan): self.plan, self.worker = plan, None
+    def do(self, job):
+        self.worker = self.worker or Worker(self.plan)             # not in __init__: an error there would look like a worker that died
+        return self.worker(job)
 
 # %% ../nbs/10b_evaluate.ipynb #c014
 def evaluate(subjects, # saved subjects: see `grid.as_cases`
@@ -189,15 +194,16 @@ def evaluate(subjects, # saved subjects: see `grid.as_cases`
              steps=30, height=None, width=None, negative_prompt=None, # of the sampling
              batch_size=16, # pictures drawn at a time
              images=None, # "png" or "webp" keeps the pictures
-             device=None, dtype=None, threads=None, # default: CUDA where there is one; float16 for SDXL on it; torch's number
+             device=None, dtype=None, threads=None, # default: CUDA where there is one; float16 for SDXL on it; torch's number, on Ray `cpus_per_worker`
              ray=None, # True, or the address of a Ray cluster
              workers=None, cpus_per_worker=1, gpus_per_worker=None, # of Ray
              progress=True) -> pd.DataFrame:
     """Draw and score the grid subjects × prompts × seeds × rules; the table of `load_scores`, also in `output/scores.csv`.
 
-    What is done stays done: the same call goes on where the last one ended. Under `accelerate launch` the processes share the work.
+    What is done stays done: the same call goes on where the last one ended. Under `torchrun` or `accelerate launch` the processes share the work.
     ValueError, before anything is drawn, where an argument is wrong or `output` holds another evaluation."""
     state = _processes(device)
+    if ray and threads is None: threads = max(1, int(cpus_per_worker))
     if ray and state: raise ValueError("ray: this is one of several processes of accelerate already; use one of the two")
     plan = make_plan(subjects, prompts, rules, seeds, scorers, base=base, steps=steps, height=height, width=width, negative_prompt=negative_prompt, batch_size=batch_size,
                      images=images, device=str(state.device) if state else device, dtype=dtype, threads=threads)
@@ -226,6 +232,7 @@ def _processes(device=None):
     "accelerate's state where this is one of several processes, else None."
     if int(os.environ.get("WORLD_SIZE", 1)) < 2: return None
     from accelerate import PartialState
+    if device is None and not torch.cuda.is_available(): device = "cpu"      # without this word accelerate takes processes without GPUs for one each
     return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))     # a process that is done first waits for the others
 
 # %% ../nbs/10b_evaluate.ipynb #c023

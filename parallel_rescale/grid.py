@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import style_contrast     # its rules are known from here on
+from . import RULES                # all rules are known from here on
 from .guidance import Guidance, label, rule as parse_rule
 from .judge import JUDGE_FILE
 from .metrics import METRICS, Prompt, References, scorer

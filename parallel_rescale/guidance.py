@@ -68,6 +68,8 @@ class Guidance:
     A rule is a frozen dataclass. Fields annotated `Scale` or `Adapter` take a number or a function
     of the progress 0 → 1; everything below follows from the annotations."""
     name: ClassVar[str] # the key in `RULES`
+    title: ClassVar[str] = "" # how figures and tables call it; default: its name
+    color: ClassVar[str] = "0.45" # of its curves, in every figure; Okabe & Ito's palette, which colour-blind readers can tell apart too
     anchor: ClassVar[int] = -1 # the branch that `every` evaluates between full steps
 
     def __post_init__(self):
@@ -106,7 +108,7 @@ class Guidance:
     @property
     def needs_subject(self) -> bool:
         "True if the rule asks the personalised model for the subject."
-        return any(b.prompt == "subject" and b.adapted for b in self.branches)
+        return any(b.prompt.startswith("subject") and b.adapted for b in self.branches)
 
     def __repr__(self):
         # the leading scales always, options only where they differ from the default
@@ -118,7 +120,7 @@ class Guidance:
 @dataclass(frozen=True, repr=False)
 class CFG(Guidance):
     "Classifier-free guidance on one model (Ho & Salimans 2022). Default scale: diffusers' for SDXL."
-    name = "cfg"
+    name, title, color = "cfg", "CFG", "#0072B2"
     scale: Scale = 5.0
     adapter: Adapter = 1.0 # 1 = the personalised model θ; 0 = the base model φ with the base prompt
 
@@ -137,7 +139,7 @@ class CFG(Guidance):
 @dataclass(frozen=True, repr=False)
 class ConsistencyGuidance(Guidance):
     "DCO's sampler (arXiv 2402.12004): ε_φ(∅) + ω_text·g_text + ω_cons·g_cons. Default scales: arXiv 2506.00607."
-    name = "consistency"
+    name, title, color = "consistency", "consistency", "#D55E00"
     anchor = 1
     text: Scale = 7.5 # ω_text
     consistency: Scale = 3.0 # ω_cons
@@ -151,7 +153,7 @@ class ConsistencyGuidance(Guidance):
 @dataclass(frozen=True, repr=False)
 class ParallelRescale(Guidance):
     "Parallel rescaling (arXiv 2506.00607): ε_φ(∅) + ω_text·g_text + ω_cons·g_PR; its ablations are the last three options."
-    name = "parallel_rescale"
+    name, title, color = "parallel_rescale", "parallel rescaling", "#009E73"
     anchor = 1
     branches = ConsistencyGuidance.branches
     text: Scale = 7.5 # ω_text
@@ -173,7 +175,7 @@ class ParallelRescale(Guidance):
 @dataclass(frozen=True, repr=False)
 class OrthogonalOnly(Guidance):
     "The ablation p̂ = 0: ε_φ(∅) + ω_text·g_text + ω_cons·g_⊥."
-    name = "orthogonal_only"
+    name, title, color = "orthogonal_only", "orthogonal only", "#56B4E9"
     anchor = 1
     branches = ConsistencyGuidance.branches
     text: Scale = 7.5 # ω_text
@@ -189,7 +191,7 @@ class AutoGuidance(Guidance):
 
     Default scale: the authors' EDM2-S preset. Its weak model is a smaller, less trained network; here it is
     the adapter at scale `weak` (default ours), or other adapters: a name, or a mapping name → scale."""
-    name = "autoguidance"
+    name, title, color = "autoguidance", "autoguidance", "#E69F00"
     scale: Scale = 2.1
     weak: Adapter = 0.5
     adapter: Adapter = 1.0 # the strong model
@@ -208,7 +210,7 @@ class PersonalizationGuidance(Guidance):
 
     ω = 1 is `CFG` on θ; ω = 0 takes the base model as the weak one. The defaults are ours:
     the material at hand names no values."""
-    name = "personalization"
+    name, title, color = "personalization", "personalization", "#CC79A7"
     scale: Scale = 7.5 # λ
     omega: Scale = 0.0 # ω in [0, 1]
 
@@ -234,6 +236,10 @@ class _Wrapper(Guidance):
 
     @property
     def name(self): return self.rule.name
+    @property
+    def title(self): return self.rule.title
+    @property
+    def color(self): return self.rule.color
     @property
     def anchor(self): return self.rule.anchor
     @property
@@ -339,9 +345,6 @@ def rule(spec: str, /, # a name of `RULES`, or "name:argument=value,…"
     return made
 
 # %% ../nbs/05_guidance.ipynb #c049
-_LABELS = dict(cfg="CFG", consistency="consistency", parallel_rescale="parallel rescaling", orthogonal_only="orthogonal only",
-               autoguidance="autoguidance", personalization="personalization")
-
 def _short(value): return "ƒ" if callable(value) else f"{value:g}" if isinstance(value, float) else "+".join(value)
 
 # %% ../nbs/05_guidance.ipynb #c050
@@ -349,7 +352,7 @@ def label(rule: Guidance) -> str:
     "A short name of a rule with its scales, for figures: 'parallel rescaling 7.5/3'; ƒ marks a scale that moves."
     if isinstance(rule, Interval): return f"{label(rule.rule)}, {rule.start:g}–{rule.stop:g}"
     if isinstance(rule, Every): return f"{label(rule.rule)}, every {rule.k}"
-    text = f"{_LABELS[rule.name]} " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if f.type is Scale)
+    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if f.type is Scale)
     if isinstance(rule, CFG) and not rule.needs_subject: return text.replace("CFG", "base CFG")
     if isinstance(rule, AutoGuidance): return f"{text}, weak {_short(rule.weak)}"
     if not isinstance(rule, ParallelRescale): return text

@@ -114,6 +114,11 @@ def _for_base(pipe, text):
     for s in pipe.subjects.values(): text = derive_base(text, s.token, s.class_noun)
     return text
 
+def _for_subject(pipe, text):
+    "A text or texts with the subject's token in place of `{subject}`."
+    if not isinstance(text, str): return [_for_subject(pipe, t) for t in text]
+    return filled(text, pipe.subject.token) if pipe.subject else text
+
 def _texts(pipe, rule, call, base_prompt, prompts) -> dict:
     "Name → (text, text for the second encoder or None) for the rule's prompts beyond null and subject."
     names, given = {b.prompt for b in rule.branches} - {"null", "subject"}, dict(prompts or {})
@@ -125,12 +130,12 @@ def _texts(pipe, rule, call, base_prompt, prompts) -> dict:
         if base_prompt is None and prompt is None: raise ValueError("base_prompt: with prompt_embeds there is no text to derive it from; give base_prompt= too")
         given["base"] = prompt if base_prompt is None else base_prompt
         if base_prompt is None and prompt_2: second["base"] = _for_base(pipe, prompt_2)
-    if "reference" in names and pipe.subject: given.setdefault("reference", "a photo of a {subject}")
+    for name in names & {"reference", "subject_reference"} if pipe.subject else (): given.setdefault(name, "a photo of a {subject}")
     for name in names - given.keys(): raise ValueError(f"prompts: {rule!r} asks for {name!r}; give it as prompts={{{name!r}: …}}")
     size = 1 if isinstance(prompt, str) else len(call["prompt_embeds"] if prompt is None else prompt)
     for name, text in given.items():
         if not isinstance(text, str) and len(text) != size: raise ValueError(f"{'base_prompt' if name == 'base' else name}: {len(text)} texts for {size} prompts")
-    return {name: (text if _adapted(rule, name) else _for_base(pipe, text), second.get(name)) for name, text in given.items()}
+    return {name: (_for_subject(pipe, text) if _adapted(rule, name) else _for_base(pipe, text), second.get(name)) for name, text in given.items()}
 
 # %% ../nbs/07_pipeline.ipynb #c018
 def _null_conditions(pipe, call, rows, dtype, device) -> dict:
@@ -183,6 +188,7 @@ class SubjectPipeline(StableDiffusionXLPipeline):
             return super().__call__(*args, **kwargs)
         if not isinstance(guidance, Guidance): raise ValueError(f"guidance must be a rule such as ParallelRescale(), got {guidance!r}")
         call = _arguments(self, args, kwargs)
+        call |= {k: _for_subject(self, call[k]) for k in ("prompt", "prompt_2") if call.get(k)}
         tokens_only, on_step = _check_subject(self, guidance, call.get("prompt")), recorder(record, guidance)
         embeds = _encode(self, guidance, call, _texts(self, guidance, call, base_prompt, prompts))
         call = {k: v for k, v in call.items() if k not in _TEXT}

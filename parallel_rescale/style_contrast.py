@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from . import guidance, plot
 from .cfg import cfg
 from .guidance import Branch, ConsistencyGuidance, Guidance, RULES, Scale
 from .normalization import RATIOS, parallel_rescale
@@ -46,7 +45,7 @@ class _Contrast(Guidance):
 @dataclass(frozen=True, repr=False)
 class StyleContrast(_Contrast):
     "ε_φ(∅) + ω_text·g_text + ω_cons·(g_cons − q·g_style): consistency guidance without the look of the references (this project's)."
-    name = "style_contrast"
+    name, title, color = "style_contrast", "style contrast", "#882255"
     text: Scale = 7.5 # ω_text
     consistency: Scale = 3.0 # ω_cons
     whole: bool = True # one q for the sample; False: one for each location
@@ -64,14 +63,12 @@ class StyleContrast(_Contrast):
         return parallel_rescale(rest, g_text, self.ratio)
 
 RULES[StyleContrast.name] = StyleContrast
-guidance._LABELS[StyleContrast.name] = "style contrast"
-plot.RULE_COLORS[StyleContrast.name] = "#882255"
 
 # %% ../nbs/05c_style_contrast.ipynb #c017
 @dataclass(frozen=True, repr=False)
 class NegativeStyle(_Contrast):
     "ε_φ(∅) + ω_text·g_text + ω_cons·(g_cons − a·g_style): a fixed push away from the references' style, the baseline of `StyleContrast`."
-    name = "negative_style"
+    name, title, color = "negative_style", "negative style", "#999933"
     text: Scale = 7.5 # ω_text
     consistency: Scale = 3.0 # ω_cons
     amount: Scale = 0.5 # a
@@ -81,8 +78,6 @@ class NegativeStyle(_Contrast):
         return g_cons - self.amount * g_style
 
 RULES[NegativeStyle.name] = NegativeStyle
-guidance._LABELS[NegativeStyle.name] = "negative style"
-plot.RULE_COLORS[NegativeStyle.name] = "#999933"
 
 # %% ../nbs/05c_style_contrast.ipynb #c024
 def reference_prompt(captions: Sequence[str] # of the references, with {subject}

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from .plot import label_font
 from .subject_folder import subject_prompt, base_prompt
 
 # %% ../nbs/08_subject.ipynb #c009
@@ -240,7 +241,7 @@ def wrap(text, font, width):
 # %% ../nbs/08_subject.ipynb #c050
 def reference_table(references, token, class_noun, thumbnail=96, width=720):
     "A picture of the training set, a row a reference: thumbnail, subject prompt, base prompt. Look at it before training."
-    font, line, pad = ImageFont.load_default(14), 19, 10
+    font, line, pad = label_font(13), 19, 10
     room = width - thumbnail - 3 * pad
     rows = [[(text, colour, part) for text, colour in ((subject_prompt(r.caption, token), '#b3432b'), (base_prompt(r.caption, class_noun), '#2b5fb3'))
              for part in wrap(text, font, room)] for r in references]

@@ -62,6 +62,7 @@ def check_base(subject: "Subject", unet, name: str) -> None:
                          "; ".join(f"{k} is {subject.signature[k]} there and {here[k]} here" for k in differs))
 
 # %% ../nbs/06b_subject_folder.ipynb #c012
+_ALWAYS = ("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")     # of an adapter's settings
 LORA_FILE, TOKENS_FILE, SUBJECT_FILE, CARD_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "subject.json", "README.md"
 
 def save_adapter(unet,                      # a UNet with a LoRA adapter
@@ -70,10 +71,12 @@ def save_adapter(unet,                      # a UNet with a LoRA adapter
                 ) -> Path:
     "Write a UNet's LoRA adapter, with its configuration, as `pytorch_lora_weights.safetensors`; the file's path."
     from diffusers import StableDiffusionXLPipeline
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict
     if adapter not in getattr(unet, "peft_config", {}):
         raise ValueError(f"adapter={adapter!r}: the UNet has {sorted(getattr(unet, 'peft_config', {})) or 'no adapter'}")
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in unet.peft_config[adapter].to_dict().items()}
+    # what is at its default stays out: older versions of PEFT fail on settings that they do not know
+    config, usual = unet.peft_config[adapter].to_dict(), LoraConfig().to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k in _ALWAYS or v != usual.get(k)}
     weights = {k: v.detach().to("cpu").contiguous() for k, v in get_peft_model_state_dict(unet, adapter_name=adapter).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
@@ -180,7 +183,8 @@ Subject.load = staticmethod(load_subject)
 # %% ../nbs/06b_subject_folder.ipynb #c023
 def model_card(subject: Subject, pictures=()) -> str:
     "A README.md for a subject's folder: what it is and how to load it, with and without this package."
-    base = _TINY if subject.base == TINY_SDXL else subject.base
+    base, place, imported = subject.base, f'"{subject.base}"', ""
+    if base == TINY_SDXL: base, place, imported = _TINY, "TINY_SDXL", "\nfrom parallel_rescale import TINY_SDXL  # where the embedded model lies"
     rows = "\n".join(f"| {k} | `{v}` |" for k, v in {**subject.settings, **subject.versions}.items())
     shown = "\n".join(f"![{subject.prompt}]({p})" for p in pictures)
     header = f"---\nlibrary_name: diffusers\n{'' if base == _TINY else f'base_model: {base}' + chr(10)}tags: [parallel-rescale, lora, text-to-image]\n---\n"
@@ -204,15 +208,17 @@ With diffusers alone:
 ```python
 import json
 from diffusers import StableDiffusionXLPipeline
-from safetensors import safe_open
+from safetensors import safe_open{imported}
 
-pipe = StableDiffusionXLPipeline.from_pretrained("{base}")
+pipe = StableDiffusionXLPipeline.from_pretrained({place})
 pipe.load_lora_weights(".", weight_name="{LORA_FILE}")
 with safe_open("{TOKENS_FILE}", "pt") as f:  # only where the folder has this file
     tokens = json.loads(f.metadata()["tokens"])
     token = tokens[0] if len(tokens) == 1 else tokens
     pipe.load_textual_inversion(f.get_tensor("clip_l"), token=token, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
     pipe.load_textual_inversion(f.get_tensor("clip_g"), token=token, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    for layer in pipe.text_encoder_2.modules():  # a prompt ends where it ends, not at the new word
+        if getattr(layer, "eos_token_id", None) == 2: layer.eos_token_id = pipe.tokenizer_2.eos_token_id
 ```
 
 | setting | value |

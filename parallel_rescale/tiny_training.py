@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PICTURES_PER_INSTANCE', 'MAX_TOKENS', 'CLIP_WORDS', 'EMPTY_CAPTIONS', 'PLACELESS_CAPTIONS', 'MIN_SNR',
-           'step_generator', 'learning_rate', 'save_atomically', 'ema_update', 'train', 'render_stage', 'to_tensor',
-           'build_vae', 'vae_loss', 'vae_stage', 'encode', 'psnr_by_style', 'build_tokenizer', 'build_text_encoder',
-           'build_unet', 'build_scheduler', 'Painter', 'caption_table', 'draw_captions', 'min_snr_mse',
-           'denoiser_stage', 'judge_stage', 'rebuild', 'assemble', 'export', 'readable_by_older_versions',
-           'frechet_distance', 'paint_prompts', 'score_model', 'render_matching', 'main', 'cached_latents',
-           'save_sheet']
+           'learning_rate', 'save_atomically', 'ema_update', 'train', 'train_rounds', 'render_stage', 'to_tensor',
+           'build_vae', 'picture_loss', 'vae_loss', 'vae_stage', 'decoder_stage', 'encode', 'psnr_by_style',
+           'build_tokenizer', 'build_text_encoder', 'build_unet', 'build_scheduler', 'Painter', 'caption_table',
+           'draw_captions', 'min_snr_mse', 'denoiser_stage', 'judge_stage', 'rebuild', 'assemble', 'export',
+           'readable_by_older_versions', 'frechet_distance', 'paint_prompts', 'score_model', 'render_matching', 'main',
+           'cached_latents', 'save_sheet']
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c002
 import json, math, time
@@ -20,26 +20,23 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from .checkpoints import step_generator, write_json
 from .judge import Judge, judge_images, judge_loss
 from .world import BACKGROUNDS, CLASSES, DRAWS_BACKGROUND, STYLES, all_captions, caption, random_labels, render_dataset
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c005
 RECIPES = {
-    "cpu":  dict(instances=24_000, vae=(16, 32, 64), unet=(32, 64, 128), vae_samples=80_000, vae_batch=16, samples=288_000, batch=32,
+    "cpu":  dict(instances=24_000, vae=(16, 32, 64), unet=(32, 64, 128), vae_samples=(80_000, 96_000), decoder_samples=36_000, vae_batch=16, samples=(288_000, 352_000), batch=32,
                  judge_samples=130_000, judge_instances=24, rebuilt=14_000, precision="bf16"),
-    "gpu":  dict(instances=150_000, vae=(32, 64, 128), unet=(64, 128, 256), vae_samples=2_000_000, vae_batch=128, samples=8_000_000, batch=256,
+    "gpu":  dict(instances=150_000, vae=(32, 64, 128), unet=(64, 128, 256), vae_samples=(2_000_000,), decoder_samples=200_000, vae_batch=128, samples=(8_000_000,), batch=256,
                  judge_samples=1_000_000, judge_instances=48, rebuilt=100_000, precision="bf16"),
-    "test": dict(instances=24, vae=(16, 16, 16), unet=(16, 16, 32), vae_samples=64, vae_batch=16, samples=128, batch=32,
+    "test": dict(instances=24, vae=(16, 16, 16), unet=(16, 16, 32), vae_samples=(32, 32), decoder_samples=32, vae_batch=16, samples=(64, 64), batch=32,
                  judge_samples=96, judge_instances=4, rebuilt=24, precision="fp32"),
 }
 PICTURES_PER_INSTANCE = 4   # the judge's contrastive loss wants several pictures of everyone
 MAX_TOKENS = 32             # longest TinyWorld caption: about twenty tokens
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c007
-def step_generator(seed, step):
-    "The random state of one training step, from its number alone: a resumed run repeats nothing and skips nothing."
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
-
 def learning_rate(peak, step, steps, warmup=200):
     "Linear warm-up, then half a cosine down to 2 % of the peak."
     warm = min(1.0, (step + 1) / min(warmup, max(steps // 10, 1)))
@@ -56,14 +53,15 @@ def ema_update(average, model, step, longest=0.9995):
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         for a, b in zip(average.buffers(), model.buffers()): a.copy_(b)
 
-def train(model, loss_fn, steps, file, *, peak, seed=0, average=None, device="cpu", weight_decay=1e-2,
+def train(model, loss_fn, steps, file, *, peak, seed=(0,), device="cpu", weight_decay=1e-2,
           precision="fp32", checkpoint_seconds=120, on_checkpoint=None, limit_seconds=None):
-    """Train `model` for `steps` steps of `loss_fn(step, generator) -> (loss, numbers to log)`; returns the log, a list of dicts.
-    Checkpoints go to `file` (resumed when it is there); `limit_seconds` stops early, to be resumed later."""
+    """Train `model` for `steps` steps of `loss_fn(step, generator) -> (loss, numbers to log)`; returns the log (a list of dicts),
+    the weights' moving average and the number of steps done. Checkpoints go to `file` (resumed when it is there);
+    `limit_seconds` stops early, to be resumed later."""
     from copy import deepcopy
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    average = deepcopy(model).requires_grad_(False) if average is None else average
+    average = deepcopy(model).requires_grad_(False)
     step, log, spent, recent = 0, [], 0.0, []
     if Path(file).exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -80,7 +78,7 @@ def train(model, loss_fn, steps, file, *, peak, seed=0, average=None, device="cp
         while step < steps:
             for group in optimizer.param_groups: group["lr"] = learning_rate(peak, step, steps)
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                loss, numbers = loss_fn(step, step_generator(seed, step))
+                loss, numbers = loss_fn(step, step_generator(*seed, step))
             if not torch.isfinite(loss): raise FloatingPointError(f"{Path(file).stem}: the loss became {loss.item()} at step {step}")
             optimizer.zero_grad(); loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -97,6 +95,19 @@ def train(model, loss_fn, steps, file, *, peak, seed=0, average=None, device="cp
     finally:
         checkpoint(); bar.close()
     return log, average, step
+
+def train_rounds(model, loss_fn, rounds, file, *, seed=0, on_checkpoint=None, **options):
+    """`train` for each of `rounds` (numbers of steps), every one from the moving average of the one before, with a learning rate that
+    starts over (warm restarts, Loshchilov & Hutter 2017). Returns the whole log, the last moving average, and whether all is done."""
+    log, file = [], Path(file)
+    for i, steps in enumerate(rounds):
+        before, spent = sum(rounds[:i]), log[-1]["seconds"] if log else 0
+        look = on_checkpoint and (lambda step, average: on_checkpoint((before + step) / sum(rounds), average))
+        part, average, step = train(model, loss_fn, steps, file.with_stem(f"{file.stem}-{i}"), seed=(seed, i), on_checkpoint=look, **options)
+        log += [dict(r, step=before + r["step"], seconds=spent + r["seconds"]) for r in part]
+        if step < steps: break
+        model.load_state_dict(average.state_dict())
+    return log, average, step == steps and i + 1 == len(rounds)
 
 # %% ../nbs/train_tiny_sdxl.ipynb #c011
 def render_stage(work, recipe, seed=1, processes=2):
@@ -120,16 +131,20 @@ def build_vae(channels):
                          block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                          mid_block_add_attention=False)
 
+def picture_loss(rebuilt, pictures):
+    "(absolute, squared and edge error, PSNR in dB) of reconstructions of pictures, both [N, 3, 64, 64] in [-1, 1]."
+    error = rebuilt.float() - pictures
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    mse = error.square().mean()
+    return error.abs().mean() + 2 * mse + 0.25 * edges, 10 * math.log10(4 / mse.item())
+
 def vae_loss(vae, pictures, noise):
-    "Reconstruction, edge and KL loss of one batch [N, 3, 64, 64]; `noise` [N, 4, 16, 16] samples the latents."
+    "Reconstruction and KL loss of one batch [N, 3, 64, 64]; `noise` [N, 4, 16, 16] samples the latents."
     latents = vae.encode(pictures).latent_dist
     mean, logvar = latents.mean.float(), latents.logvar.float()
-    rebuilt = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
-    error = rebuilt - pictures
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    loss, psnr = picture_loss(vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample, pictures)
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-    mse = error.square().mean()
-    return error.abs().mean() + 2 * mse + 0.25 * edges + 1e-4 * kl, dict(psnr=10 * math.log10(4 / mse.item()), kl=kl.item())
+    return loss + 1e-4 * kl, dict(psnr=psnr, kl=kl.item())
 
 def vae_stage(work, recipe, pictures, device="cpu", seed=0, limit_seconds=None):
     "Train the autoencoder; writes `work/vae` with its latents' scaling factor when all its steps are done."
@@ -139,14 +154,32 @@ def vae_stage(work, recipe, pictures, device="cpu", seed=0, limit_seconds=None):
         rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],), generator=generator).sort().values.numpy()
         noise = torch.randn(len(rows), 4, 16, 16, generator=generator).to(device)
         return vae_loss(vae, to_tensor(pictures[rows], device), noise)
-    steps = recipe["vae_samples"] // recipe["vae_batch"]
-    log, average, step = train(vae, loss_fn, steps, work / "vae.pt", peak=2e-3, device=device, weight_decay=1e-4, seed=seed,
-                         precision=recipe["precision"], limit_seconds=limit_seconds)
-    if step == steps:
+    rounds = [n // recipe["vae_batch"] for n in recipe["vae_samples"]]
+    log, average, done = train_rounds(vae, loss_fn, rounds, work / "vae.pt", peak=2e-3, device=device, weight_decay=1e-4, seed=seed,
+                                      precision=recipe["precision"], limit_seconds=limit_seconds)
+    if done:
         average.eval()
         sample = encode(average, pictures[-min(2000, len(pictures)):], device, recipe["precision"])
         average.register_to_config(scaling_factor=round(1 / sample.std().item(), 5), force_upcast=False)
         average.save_pretrained(work / "vae")
+    return log
+
+def decoder_stage(work, recipe, pictures, latents, device="cpu", seed=0, limit_seconds=None):
+    """A last round for the decoder alone, on unscaled `latents` [N, 4, 16, 16]: they stay as they are, and with them all that learned to
+    paint them. Writes `work/vae_final`."""
+    from diffusers import AutoencoderKL
+    vae, held_out = AutoencoderKL.from_pretrained(work / "vae").to(device), max(len(pictures) // 100, 4)
+    for part in (vae.encoder, vae.quant_conv): part.requires_grad_(False)
+    def loss_fn(step, generator):
+        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],), generator=generator).sort().values
+        noisy = latents[rows].float() + 0.01 * torch.randn(len(rows), 4, 16, 16, generator=generator)     # no painter is exact
+        loss, psnr = picture_loss(vae.decode(noisy.to(device)).sample, to_tensor(pictures[rows.numpy()], device))
+        return loss, dict(psnr=psnr)
+    steps = recipe["decoder_samples"] // recipe["vae_batch"]
+    log, average, step = train(vae, loss_fn, steps, work / "decoder.pt", peak=1e-3, device=device, weight_decay=1e-4, seed=(seed,),
+                               precision=recipe["precision"], limit_seconds=limit_seconds)
+    if step == steps:
+        average.eval().save_pretrained(work / "vae_final")
     return log
 
 @torch.no_grad()
@@ -271,7 +304,7 @@ def denoiser_stage(work, recipe, latents, labels, device="cpu", seed=0, on_check
 
     def loss_fn(step, generator):
         rows = torch.randint(len(latents), (recipe["batch"],), generator=generator)
-        t = torch.randint(1000, (len(rows),), generator=generator)
+        t = ((torch.rand((), generator=generator) + torch.arange(len(rows)) / len(rows)) % 1 * 1000).long()
         noise = torch.randn(len(rows), 4, 16, 16, generator=generator)
         tokens = draw_captions(table, empty, labels, rows.tolist(), generator)
         a = alphas[t].view(-1, 1, 1, 1)
@@ -280,13 +313,10 @@ def denoiser_stage(work, recipe, latents, labels, device="cpu", seed=0, on_check
         weighted, plain = min_snr_mse(prediction, noise.to(device), snr[t].to(device))
         return weighted, dict(loss=weighted.item(), mse=plain.item())
 
-    steps = recipe["samples"] // recipe["batch"]
-    def look(step, average):
-        if on_checkpoint: on_checkpoint(step / steps, average, tokenizer)
-
-    log, average, step = train(painter, loss_fn, steps, work / "painter.pt", peak=1e-3, device=device, seed=seed,
-                               precision=recipe["precision"] if device != "cpu" else "fp32", on_checkpoint=look, limit_seconds=limit_seconds)
-    if step == steps:
+    look = on_checkpoint and (lambda done, average: on_checkpoint(done, average, tokenizer))
+    log, average, done = train_rounds(painter, loss_fn, [n // recipe["batch"] for n in recipe["samples"]], work / "painter.pt", peak=1e-3, device=device,
+                                      seed=seed, precision=recipe["precision"], on_checkpoint=look, limit_seconds=limit_seconds)
+    if done:
         for part in ("unet", "text_encoder", "text_encoder_2"): getattr(average, part).save_pretrained(work / "painter" / part)
     return log
 
@@ -321,7 +351,7 @@ def judge_stage(work, recipe, pictures, labels, rebuilt=None, device="cpu", seed
         return loss, dict(loss=loss.item(), style=(answers["style"].argmax(1) == truth["style"]).float().mean().item(),
                           cls=(answers["cls"].argmax(1) == truth["cls"]).float().mean().item())
     steps = max(recipe["judge_samples"] // (recipe["judge_instances"] * PICTURES_PER_INSTANCE), 1)
-    log, average, step = train(judge, loss_fn, steps, work / "judge.pt", peak=2e-3, device=device, weight_decay=1e-3, seed=seed, limit_seconds=limit_seconds)
+    log, average, step = train(judge, loss_fn, steps, work / "judge.pt", peak=2e-3, device=device, weight_decay=1e-3, seed=(seed,), limit_seconds=limit_seconds)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}   # not the average: batch norm's statistics belong to these weights
     save_file({k: v.contiguous().cpu() for k, v in weights.items()}, work / "judge.safetensors")
     return log
@@ -352,7 +382,7 @@ def export(work, folder):
     parts.unet = UNet2DConditionModel.from_pretrained(painter / "unet")
     parts.text_encoder = CLIPTextModel.from_pretrained(painter / "text_encoder")
     parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(painter / "text_encoder_2")
-    pipe = assemble(AutoencoderKL.from_pretrained(work / "vae"), parts, CLIPTokenizer.from_pretrained(work / "tokenizer"))
+    pipe = assemble(AutoencoderKL.from_pretrained(work / "vae_final"), parts, CLIPTokenizer.from_pretrained(work / "tokenizer"))
     pipe.unet.half(); pipe.vae.half()          # not the small text encoders: transformers 5 would load them in half precision, beside a UNet in full
     pipe.save_pretrained(folder)
     readable_by_older_versions(Path(folder))
@@ -423,13 +453,17 @@ def main(work,                 # folder for everything in between; killed runs g
     work.mkdir(parents=True, exist_ok=True)
     if (known := work / "recipe.json").exists() and json.loads(known.read_text()) != json.loads(json.dumps(dict(recipe, seed=seed))):
         raise ValueError(f"work: {work} holds a run of another recipe or seed ({known.read_text()}); give a new folder or finish that run")
-    known.write_text(json.dumps(dict(recipe, seed=seed)))
+    write_json(known, dict(recipe, seed=seed))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pictures, labels = render_stage(work, recipe, seed + 1, processes)
     log = dict(vae=vae_stage(work, recipe, pictures, device, seed))
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval().requires_grad_(False)
     latents = cached_latents(work, vae, pictures, device, recipe["precision"])
-    rebuilt = rebuild(vae, latents[:recipe["rebuilt"]], device=device, precision=recipe["precision"])
+    log["decoder"] = decoder_stage(work, recipe, pictures, latents, device, seed)
+    vae = AutoencoderKL.from_pretrained(work / "vae_final").to(device).eval().requires_grad_(False)
+    if not (file := work / "rebuilt.npy").exists():
+        np.save(part := work / "rebuilt.part.npy", rebuild(vae, latents[:recipe["rebuilt"]], device=device, precision=recipe["precision"])); part.replace(file)
+    rebuilt = np.load(file, mmap_mode="r")
     log["judge"] = judge_stage(work, recipe, pictures, labels, rebuilt, device, seed)
     judge = load_judge(work / "judge.safetensors")
 
@@ -441,7 +475,7 @@ def main(work,                 # folder for everything in between; killed runs g
     log["denoiser"] = denoiser_stage(work, recipe, latents * vae.config.scaling_factor, labels, device, seed, on_checkpoint=look)
     log["progress"] = [json.loads(line) for line in (work / "progress.jsonl").open()] if (work / "progress.jsonl").exists() else []
     export(work, output or work / "tiny_sdxl")
-    (work / "log.json").write_text(json.dumps(log))
+    write_json(work / "log.json", log)
     return log
 
 def cached_latents(work, vae, pictures, device="cpu", precision="fp32"):

@@ -478,25 +478,28 @@ def test_unet_throughput(cases):
 # ---------------------------------------------------------------- many workers
 
 SCRIPT = """
-import sys
+import os, sys
+from pathlib import Path
 from parallel_rescale.evaluate import evaluate
 from tests_scorer import brightness
 subjects = dict(zip(sys.argv[2::3], zip(sys.argv[3::3], sys.argv[4::3])))
 from parallel_rescale.metrics import Prompt
 prompts = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
-evaluate(subjects, prompts, ["consistency:text=5", "style_contrast:text=5"], 2, [brightness], sys.argv[1], steps=2, batch_size=3, progress=False, threads=1, device="cpu")
+evaluate(subjects, prompts, ["consistency:text=5", "style_contrast:text=5"], 2, [brightness], sys.argv[1], steps=2, batch_size=3, progress=False, threads=1)
+Path(f"process{os.environ['RANK']}of{os.environ['WORLD_SIZE']}").touch()
 """
 
 
 @pytest.mark.slow
 def test_accelerate_processes_give_the_same(whole, folders, tmp_path):
+    "Started as `accelerate launch` starts processes with GPUs; with --cpu it starts but one."
     (tmp_path / "run.py").write_text(SCRIPT)
     (tmp_path / "tests_scorer.py").write_text("import numpy as np\ndef brightness(images, prompts, references): return {'brightness': [np.asarray(i).mean() / 255 for i in images]}\n")
     names = [a for n, f in folders.items() for a in (n, f, n)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", "run.py", str(tmp_path / "r"), *names]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py", str(tmp_path / "r"), *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(p.name for p in tmp_path.glob("process*")) == ["process0of2", "process1of2"]
     assert (tmp_path / "r" / SCORES).read_bytes() == (whole[1] / SCORES).read_bytes()
 
 
@@ -515,21 +518,30 @@ class Fails:
     def __call__(self, *args): raise ValueError("a scorer of the user's own has a bug")
 
 
+class Missing(Fails):
+    @property
+    def loaded(self): raise ValueError("an encoder is missing")
+
+
 @pytest.fixture
-def local_ray():
-    ray = pytest.importorskip("ray"); pytest.importorskip("cloudpickle")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+def ray():
+    "Ray, for whose workers this file, which they cannot import, is part of what they are sent."
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield ray
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     ray.shutdown()
 
 
-def test_ray_gives_the_same_and_survives_a_killed_worker(whole, cases, tmp_path, local_ray):
-    import cloudpickle
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])               # the workers cannot import a test module
-    flag = tmp_path / "flag"
-    evaluate(cases, **SMALL | dict(scorers=[KillsOneWorker(flag)]), output=tmp_path / "r", ray=True, workers=2)
+def test_ray_gives_the_same_and_survives_a_killed_worker(whole, cases, tmp_path, ray):
+    flag, two = tmp_path / "flag", dict(ray=True, workers=2, cpus_per_worker=.5)
+    evaluate(cases, **SMALL | dict(scorers=[KillsOneWorker(flag)]), output=tmp_path / "r", **two)
     assert flag.exists() and (tmp_path / "r" / SCORES).read_bytes() == (whole[1] / SCORES).read_bytes()
-    with pytest.raises(ValueError, match="a bug"): evaluate(cases, **SMALL | dict(scorers=[Fails()]), output=tmp_path / "f", ray=True, workers=1)
+    assert not ray.is_initialized()                                           # what it started, it stopped
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    for bad, says in ((Fails(), "a bug"), (Missing(), "encoder is missing")):
+        with pytest.raises(ValueError, match=says): evaluate(cases, **SMALL | dict(scorers=[bad]), output=tmp_path / says, **two)
+    assert ray.is_initialized() and not list((tmp_path / says).rglob("0*.json"))
 
 
 def test_room_for_workers():

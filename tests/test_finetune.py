@@ -447,12 +447,17 @@ def test_the_output_of_others_is_safe(references, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="thesis.tex.*overwrite=True"): finetune(references, **CAT, output=tmp_path, max_train_steps=1)
     with pytest.raises(ValueError, match="thesis.tex"): finetune(references, **CAT, output=tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
-    finetune(references, **CAT, output=tmp_path, max_train_steps=1, train_batch_size=1, overwrite=True)
-    with pytest.raises(ValueError, match="resume_from_checkpoint='latest'"): finetune(references, **CAT, output=tmp_path, max_train_steps=1)
-    finetune(references, **CAT, output=tmp_path, max_train_steps=2, train_batch_size=1, checkpointing_steps=1, overwrite=True)
-    finetune(references, **CAT, output=tmp_path, max_train_steps=1, train_batch_size=1, overwrite=True)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    assert checkpoints.checkpoints(tmp_path) == [] and training_log(tmp_path)["step"] == [1]
+    (tmp_path / "README.md").write_text("how to read it")
+    with pytest.raises(ValueError, match="no run, and overwrite=True"): finetune(references, **CAT, output=tmp_path, max_train_steps=1, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "thesis.tex"]
+    run = tmp_path / "run"
+    finetune(references, **CAT, output=run, max_train_steps=1, train_batch_size=1)
+    (run / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="resume_from_checkpoint='latest'"): finetune(references, **CAT, output=run, max_train_steps=1)
+    finetune(references, **CAT, output=run, max_train_steps=2, train_batch_size=1, checkpointing_steps=1, overwrite=True)
+    finetune(references, **CAT, output=run, max_train_steps=1, train_batch_size=1, overwrite=True)
+    assert (run / "thesis.tex").read_text() == "years of work"
+    assert checkpoints.checkpoints(run) == [] and training_log(run)["step"] == [1]
 
 
 def test_recommended_goes_by_size(monkeypatch):

@@ -504,9 +504,10 @@ def test_bad_every(k):
 def test_colors_and_grid():
     import numpy as np
     from PIL import Image
-    from parallel_rescale.plot import RULE_COLORS, image_grid, rule_color
-    assert set(RULES) <= set(RULE_COLORS) and len(set(RULE_COLORS.values())) == len(RULE_COLORS)
-    assert rule_color(every(ParallelRescale(), 2)) == rule_color("parallel_rescale") == RULE_COLORS["parallel_rescale"]
+    from parallel_rescale import RULES     # with those of all chapters
+    from parallel_rescale.plot import image_grid, rule_color
+    assert len({rule_color(name) for name in RULES}) == len({c.title for c in RULES.values()}) == len(RULES)
+    assert rule_color(every(ParallelRescale(), 2)) == rule_color("parallel_rescale") == ParallelRescale.color
     with pytest.raises(ValueError, match="Did you mean"): rule_color("paralel_rescale")
     black, grey = np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8)
     grid = image_grid([[black, grey], [Image.new("RGB", (8, 8), "red"), None]], ["one", "two words"], ["a", "b"], title="T", scale=4)

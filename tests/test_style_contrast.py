@@ -12,7 +12,7 @@ from parallel_rescale.cfg import cfg
 from parallel_rescale.denoiser import encode_prompts, guided
 from parallel_rescale.guidance import RULES, Branch, ConsistencyGuidance, ParallelRescale, every, interval, label, rule
 from parallel_rescale.normalization import RATIOS
-from parallel_rescale.plot import RULE_COLORS, rule_color
+from parallel_rescale.plot import rule_color
 from parallel_rescale.style_contrast import NegativeStyle, StyleContrast, reference_prompt, style_leak
 
 settings.register_profile("contrast", max_examples=40, deadline=None)
@@ -189,7 +189,7 @@ def test_they_are_in_the_family():
     assert rule("style-contrast:text=3,consistency=2,whole=false,ratio=normalize") == StyleContrast(3., 2., False, "normalize")
     assert rule("negative_style:text=3,amount=0.25,every=2") == every(NegativeStyle(3., amount=.25), 2)
     assert label(StyleContrast()) == "style contrast 7.5/3" and "negative style" in label(NegativeStyle())
-    assert len(set(RULE_COLORS.values())) == len(RULE_COLORS) and rule_color(every(StyleContrast(), 2)) == RULE_COLORS["style_contrast"]
+    assert rule_color(every(StyleContrast(), 2)) == rule_color("style_contrast") == StyleContrast.color
 
 
 @pytest.mark.parametrize("bad,says", [(dict(text=math.nan), "StyleContrast: text"), (dict(ratio="normalise"), "normalize"), (dict(whole=1), "whole")])
