@@ -22,7 +22,7 @@ TRAINED = {"dco": dict(loss="dco"), "dreambooth": dict(loss="dreambooth"), "drea
 
 def ablation():
     "What each part of parallel rescaling does, on a curve over ω_cons; the paper's grid of scales; early, middle and late steps."
-    text, weights = 5.0, (1.0, 2.0, 3.0, 4.5)
+    text, weights = 3.0, (1.0, 2.0, 3.0, 4.5)
     rules = [ParallelRescale(text, w, ratio=r) for r in ("raw", "center", "scale", "normalize", "none") for w in weights]
     rules += [ParallelRescale(text, w, whole=True) for w in weights]
     rules += [make(t, w) for t in (5.0, 7.5, 10.0) for w in (1.5, 3.0, 4.5) for make in (ConsistencyGuidance, ParallelRescale) if (t, w) not in ((text, 3.0), (text, 4.5))]

@@ -107,7 +107,7 @@ def random_run(a, **changed):
     data = SimpleNamespace(moments=torch.randn(4, 2, 4, side, side).abs(), time_ids=torch.tensor([[8. * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 4), source=torch.arange(4))
     pipe = SimpleNamespace(unet=unet, vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.13)))
     run = dco.Run(s, Accelerator(cpu=small), pipe, DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear"), {}, [dict(params=params, lr=5e-5)],
-                  [], data, text=SimpleNamespace(subject=text, base=text))
+                  [], data=data, text=SimpleNamespace(subject=text, base=text))
     run.optimizer = dco.make_optimizer(run.params)
     run.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, 1.0)
     run.scaler = torch.amp.GradScaler(a.device, enabled=False)

@@ -318,7 +318,7 @@ def evaluate(subjects: Annotated[list[str], typer.Argument(help="Saved subjects:
 
 # %% ../nbs/12_cli.ipynb #c034
 DEMO_PROMPTS = (("photo", "snow"), ("photo", "city"), ("watercolor", "beach"), ("neon", "night"), ("sketch", "grass"), ("glass", "plain"))
-DEMO_RULES = ("cfg:scale=3", "consistency:text=5,consistency=3", "parallel_rescale:text=5,consistency=3", "personalization:scale=3")
+DEMO_RULES = ("cfg:scale=3", "consistency:text=3,consistency=2", "parallel_rescale:text=3,consistency=2", "personalization:scale=3")
 
 def demo_names(subject):
     "(token, class noun) of one of TinyWorld's subjects: 'pixel_the_cat' is a cat called <pixel>."
