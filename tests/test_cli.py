@@ -156,7 +156,7 @@ def test_demo_compares_the_rules(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"grid.png", "consistency_p.png", "references.png", "report.md", "subject"}
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "<inky>, an octopus" in report and "| max_train_steps | 2 |" in report
-    for name in ("the truth", "CFG 3", "consistency 5/3", "parallel rescaling 5/3", "personalization 3/0"): assert f"| {name} | " in report
+    for name in ("the truth", "CFG 3", "consistency 3/2", "parallel rescaling 3/2", "personalization 3/0"): assert f"| {name} | " in report
     grid = Image.open(folder / "grid.png")
     assert grid.width > 5 * 128 and grid.height > len(cli.DEMO_PROMPTS) * 128
     assert "--overwrite" in refused(*arguments)
