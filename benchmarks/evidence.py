@@ -25,7 +25,7 @@ def ablation():
     text, weights = 3.0, (1.0, 2.0, 3.0, 4.5)
     rules = [ParallelRescale(text, w, ratio=r) for r in ("raw", "center", "scale", "normalize", "none") for w in weights]
     rules += [ParallelRescale(text, w, whole=True) for w in weights]
-    rules += [make(t, w) for t in (5.0, 7.5, 10.0) for w in (1.5, 3.0, 4.5) for make in (ConsistencyGuidance, ParallelRescale) if (t, w) not in ((text, 3.0), (text, 4.5))]
+    rules += [make(t, w) for t in (5.0, 7.5, 10.0) for w in (1.5, 3.0, 4.5) for make in (ConsistencyGuidance, ParallelRescale)]
     return rules + [interval(make(text, 3.0), a / 3, (a + 1) / 3) for a in range(3) for make in (ConsistencyGuidance, ParallelRescale)]
 
 
