@@ -1,6 +1,6 @@
 """README.md from nbs/index.ipynb: `python .ci/make_readme.py`.
 
-Cells marked `#| hide` are left out, links are made to work from the root of the repository, and pictures that
+Cells marked `#| hide` are left out, of those marked `#| echo: false` only what they show remains, links are made to work from the root of the repository, and pictures that
 a cell has drawn are kept as files in nbs/images.
 """
 import posixpath
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import TagRemovePreprocessor
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, IMAGES = "nbs", "nbs/images"
@@ -18,6 +19,7 @@ def visible(cell):
     "The cell without its `#|` directives, or None if one of them is `hide`."
     directives = re.findall(r"^#\|\s*(.+?)\s*$", cell.source, flags=re.M) if cell.cell_type == "code" else []
     if "hide" in directives: return None
+    if "echo: false" in directives: cell.metadata["tags"] = ["no-source"]
     if directives: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     return cell
 
@@ -34,7 +36,8 @@ def make_readme(root=ROOT):
     notebook.metadata["language_info"] = {"name": "python"}  # for the fences of code
     notebook.cells = [cell for cell in map(visible, notebook.cells) if cell]
     resources = {"unique_key": "index", "output_files_dir": IMAGES}
-    text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
+    sources = TagRemovePreprocessor(remove_input_tags={"no-source"}, enabled=True)
+    text, resources = MarkdownExporter(preprocessors=[sources]).from_notebook_node(notebook, resources)
     text = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_root(m[2]), text)
     text = re.sub(r"(src=\")([^\"]+)", lambda m: m[1] + from_root(m[2]), text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources["outputs"]

@@ -1,9 +1,8 @@
-"""Personalisation on TinyWorld: a sweep over the fine-tuning settings, and the held-out subjects under every rule.
+"""Personalisation on TinyWorld: held-out subjects learned by DCO and by DreamBooth, under every rule, beside true renders.
 
-    python benchmarks/personalization.py sweep      # → benchmarks/personalization_sweep.csv
-    python benchmarks/personalization.py subjects   # → benchmarks/personalization.csv
+    python benchmarks/personalization.py            # → benchmarks/personalization.csv
 
-Rows already in the table are not made again, so an interrupted run goes on where it stopped.
+The sweep over fine-tuning settings is the experiment `overfit` of evidence.py. Rows already in the table are not made again, so an interrupted run goes on where it stopped.
 """
 import argparse
 import csv
@@ -62,33 +61,19 @@ def run(file, jobs, rules):
         for row in rows: print({k: v for k, v in row.items() if k != "key"}, flush=True)
 
 
-def settings(given):
-    "DreamBooth has no β."
-    return {k: v for k, v in given.items() if k != "beta" or given["loss"] == "dco"}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "subjects"])
     parser.add_argument("--subjects", default=None, help="names, separated by commas")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: a file beside this script")
     args = parser.parse_args()
-    if args.what == "sweep":
-        middle = dict(loss="dco", beta=100.0, rank=8, learning_rate=1e-3, max_train_steps=200)
-        changes = [dict(beta=b, max_train_steps=n) for b, n in itertools.product((100.0, 300.0), (100, 200, 400))] + [dict(beta=1000.0), dict(beta=30.0)]
-        changes += [dict(loss="dreambooth", max_train_steps=n) for n in (100, 200, 400)]
-        changes += [dict(rank=4), dict(rank=16), dict(learning_rate=5e-4), dict(learning_rate=2e-3)]
-        names = args.subjects.split(",") if args.subjects else ["inky_the_octopus", "bolt_the_robot"]
-        run(args.output or HERE / "personalization_sweep.csv", [(n, s, settings(middle | c)) for c in changes for n in names for s in range(args.seeds)], [CFG(5.0)])
-    else:
-        rules = [CFG(5.0, adapter=0.0), CFG(5.0), PersonalizationGuidance(5.0, 0.0), ConsistencyGuidance(5.0, 2.0), ParallelRescale(5.0, 2.0),
-                 StyleContrast(5.0, 2.0), every(ParallelRescale(5.0, 2.0), 2)]
-        names = args.subjects.split(",") if args.subjects else list(SUBJECTS)[::2]
-        file = args.output or HERE / "personalization.csv"
-        for job in itertools.product(names, range(args.seeds)):
-            run(file, [(*job, dict(loss="dco"))], rules)
-            run(file, [(*job, dict(loss="dreambooth"))], [CFG(5.0)])
+    rules = [CFG(5.0, adapter=0.0), CFG(5.0), PersonalizationGuidance(5.0, 0.0), ConsistencyGuidance(5.0, 2.0), ParallelRescale(5.0, 2.0),
+             StyleContrast(5.0, 2.0), every(ParallelRescale(5.0, 2.0), 2)]
+    names = args.subjects.split(",") if args.subjects else list(SUBJECTS)[::2]
+    file = args.output or HERE / "personalization.csv"
+    for job in itertools.product(names, range(args.seeds)):
+        run(file, [(*job, dict(loss="dco"))], rules)
+        run(file, [(*job, dict(loss="dreambooth"))], [CFG(5.0)])
 
 
 if __name__ == "__main__": main()

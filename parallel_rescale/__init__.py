@@ -17,7 +17,8 @@ _PUBLIC = {  # module -> the names it gives to the top level
     "guidance": ["Branch", "Guidance", "CFG", "ConsistencyGuidance", "ParallelRescale", "OrthogonalOnly", "AutoGuidance",
                  "PersonalizationGuidance", "interval", "every", "RULES", "rule"],
     "style_contrast": ["StyleContrast", "NegativeStyle"],
-    "adaptive": ["TextFloor", "OwnWords"],
+    "adaptive": ["TextFloor", "OwnWords", "Focus", "FocusedContrast"],
+    "several": ["SeveralSubjects"],
     "denoiser": ["guided"],
     "pipeline": ["SubjectPipeline", "Record"],
     "subject_folder": ["Subject"],
@@ -32,7 +33,7 @@ __all__ = list(_HOME)
 def __getattr__(name):
     if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("rule", "RULES"):
-        for more in ("style_contrast", "adaptive"): import_module(f"{__name__}.{more}")  # they add their rules to those of `guidance`
+        for more in ("style_contrast", "adaptive", "several"): import_module(f"{__name__}.{more}")  # they add their rules to those of `guidance`
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

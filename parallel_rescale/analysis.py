@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEXT_AXES', 'IDENTITY_AXES', 'resamples', 'levels', 'interval', 'mean_interval', 'metrics_of', 'summarize',
-           'paired_differences', 'compare', 'directed', 'tradeoff_points', 'family_color', 'plot_tradeoff', 'curve_gap',
-           'matched', 'pareto', 'hypervolume', 'hypervolumes', 'worst', 'markdown_table', 'summary_table',
-           'comparison_table', 'axes_of', 'by_kind', 'pictures_grid', 'report']
+           'paired_differences', 'compare', 'directed', 'tradeoff_points', 'family_color', 'family_title',
+           'plot_tradeoff', 'branch', 'curve_gap', 'matched', 'pareto', 'hypervolume', 'hypervolumes', 'subject_means',
+           'worst', 'markdown_table', 'summary_table', 'difference_table', 'matched_table', 'comparison_table',
+           'axes_of', 'by_kind', 'pictures_grid', 'report']
 
 # %% ../nbs/10c_analysis.ipynb #c003
 import math
@@ -56,8 +57,12 @@ def mean_interval(values) -> tuple[float, float, float]:
 def metrics_of(table: pd.DataFrame) -> list[str]:
     "The columns of a table that are scores, the known ones first."
     known = [m for m in METRICS if m in table]
-    told = {"subject", "rule", "family", "prompt", "text", "kind", "prompt_style", "prompt_background", "seed", "noise"}
+    told = {"subject", "rule", "family", "prompt", "text", "kind", "prompt_style", "prompt_background", "seed", "noise", "pictures"}
     return known + [c for c in table if c not in known and c not in told and pd.api.types.is_numeric_dtype(table[c])]
+
+def _pictures(table) -> int:
+    "How many pictures a table speaks of: its rows, or in a table of means the sum of its column `pictures`."
+    return int(table["pictures"].sum()) if "pictures" in table else len(table)
 
 def _scored(table, metrics):
     "The table and its metrics by name; ValueError where one is not there."
@@ -75,23 +80,30 @@ def summarize(table: pd.DataFrame, # of `load_scores`
             there = part.dropna(subset=[m])
             mean, low, high = mean_interval(there.groupby("subject")[m].mean())
             rows.append(dict(rule=rule, family=part.family.iloc[0], metric=m, mean=mean, low=low, high=high, subjects=there.subject.nunique(),
-                             pictures=len(there)))
+                             pictures=_pictures(there)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/10c_analysis.ipynb #c017
 def paired_differences(table: pd.DataFrame, metric: str, rule: str, against: str) -> pd.DataFrame:
     "For each subject the mean of rule − against over pairs of pictures with the same prompt and noise: columns subject, difference, pairs."
     for r in (rule, against): check_name("rule", r, list(table.rule.unique()))
-    key = ["subject", "text", "seed"]
+    key = ["subject", "text", "seed"] if "text" in table else ["subject", "kind"]      # a table of means has no single pictures
     a, b = (table[table.rule == r].set_index(key)[metric] for r in (rule, against))
-    gap = (a - b).dropna()
-    return gap.groupby("subject").agg(difference="mean", pairs="size").reset_index()
+    if a.index.has_duplicates: raise ValueError(f"{rule!r} occurs twice for the same {', '.join(key)}; give the part of the table that is meant (one way of training, say)")
+    pairs = table[table.rule == rule].set_index(key)["pictures"] if "pictures" in table else 1
+    gaps = (a - b).dropna().to_frame("difference").assign(pairs=pairs)
+    return gaps.groupby("subject").agg(difference=("difference", "mean"), pairs=("pairs", "sum")).reset_index()
+
+def _clear(low, high, subjects) -> bool:
+    "Whether an interval leaves out 0; of fewer than eight subjects it knows too little to say."
+    return bool(subjects >= 8 and (low > 0 or high < 0))
 
 def compare(table: pd.DataFrame, # of `load_scores`
             against: str, # the rule that the others are compared with
             metrics=None, rules=None, # default: all
            ) -> pd.DataFrame:
-    "Every rule's mean difference from one rule, paired by picture, with its 95 % interval over subjects; `ahead`: the share of subjects for which it is > 0."
+    """Every rule's mean difference from one rule, paired by picture, with its 95 % interval over subjects; `ahead`: the share of subjects for which it is > 0;
+    `clear`: there are eight subjects or more, and the interval leaves out 0."""
     rows = []
     for rule in table.rule.unique() if rules is None else rules:
         if rule == against: continue
@@ -100,7 +112,7 @@ def compare(table: pd.DataFrame, # of `load_scores`
             mean, low, high = mean_interval(gaps.difference)
             ahead = float((gaps.difference > 0).mean()) if len(gaps) else np.nan
             rows.append(dict(rule=rule, metric=m, difference=mean, low=low, high=high, ahead=ahead, subjects=len(gaps), pairs=int(gaps.pairs.sum()),
-                             clear=bool(low > 0 or high < 0)))
+                             clear=_clear(low, high, len(gaps))))
     return pd.DataFrame(rows)
 
 # %% ../nbs/10c_analysis.ipynb #c020
@@ -120,11 +132,18 @@ def tradeoff_points(table: pd.DataFrame, x: str, y: str) -> tuple[pd.DataFrame, 
 
 # %% ../nbs/10c_analysis.ipynb #c022
 def family_color(family: str) -> str:
-    "The colour of a family of rules; truths are grey."
-    return RULES[family].color if family in RULES else "0.45"
+    "The colour of a family of rules, or of a variant of one (\"style_contrast, per location\"); truths are grey."
+    name = family.partition(",")[0]
+    return RULES[name].color if name in RULES else "0.45"
+
+def family_title(family: str) -> str:
+    "How figures call a family of rules, a variant, or a truth."
+    name, comma, variant = family.partition(",")
+    title = RULES[name].title if name in RULES else ""
+    return TRUTHS.get(family) or (title or name.replace("_", " ")) + comma + variant
 
 def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax=None, title: str | None = None):
-    "One curve a family, a point for each rule in the table's order with its 95 % intervals; truths as crosses. Returns the axes."
+    "One curve a family, a point for each rule in the table's order with its 95 % intervals; variants dashed, truths as crosses. Returns the axes."
     import matplotlib.pyplot as plt
     rules, points = tradeoff_points(table, x, y)
     if ax is None: _, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
@@ -134,33 +153,42 @@ def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax
         mean, color = stats[..., 0], family_color(family)
         error = np.abs(np.nan_to_num(stats[..., 1:] - mean[..., None], nan=0.))
         ax.errorbar(mean[:, 0], mean[:, 1], xerr=error[:, 0].T, yerr=error[:, 1].T, fmt="none", ecolor=color, alpha=.25, lw=1)
-        marker = dict(marker="x", ms=6, ls="") if family in TRUTHS else dict(marker="o", ms=4)
-        ax.plot(mean[:, 0], mean[:, 1], color=color, label=TRUTHS.get(family, family.replace("_", " ")), **marker)
-    ax.set(xlabel=METRICS.get(x, (x,))[0], ylabel=METRICS.get(y, (y,))[0], title=title or f"{len(points)} subjects, {len(table)} pictures")
+        marker = dict(marker="x", ms=6, ls="") if family in TRUTHS else dict(marker="o", ms=4, ls="--" if "," in family else "-")
+        ax.plot(mean[:, 0], mean[:, 1], color=color, label=family_title(family), **marker)
+    ax.set(xlabel=METRICS.get(x, (x,))[0], ylabel=METRICS.get(y, (y,))[0], title=title or f"{len(points)} subjects, {_pictures(table)} pictures")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/10c_analysis.ipynb #c025
-def curve_gap(a: np.ndarray, b: np.ndarray, n: int = 50) -> float:
-    "Mean of y_a − y_b over the x that both polylines a, b [points, 2] reach; NaN where they share none."
-    a, b = a[np.argsort(a[:, 0])], b[np.argsort(b[:, 0])]
-    low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
+def branch(curve: np.ndarray # [points, 2], in the order of the settings
+          ) -> np.ndarray:
+    "The longer part of a curve before or after its largest x, by x. (A curve that turns back there has two y for one x; the shorter part is left out.)"
+    top = int(np.argmax(curve[:, 0]))
+    part = curve[:top + 1] if top + 1 >= len(curve) - top else curve[top:]
+    return part[np.argsort(part[:, 0], kind="stable")]
+
+def curve_gap(a: np.ndarray, b: np.ndarray, # polylines [points, 2], each in the order of its settings
+              least: float = -np.inf, # x below this do not count
+              n: int = 50) -> float:
+    "Mean of y_a − y_b over the x that the branches of both curves reach; NaN where they share none."
+    a, b = branch(a), branch(b)
+    low, high = max(a[0, 0], b[0, 0], least), min(a[-1, 0], b[-1, 0])
     if not low < high: return np.nan
     x = np.linspace(low, high, n)
     return float(np.mean(np.interp(x, *a.T) - np.interp(x, *b.T)))
 
-def matched(table: pd.DataFrame, family: str, against: str, x: str = "style", y: str = "identity") -> dict:
-    "How much more y one family's curve has than another's at matched x: difference, low, high (95 % over subjects), the common range of x, n."
+def matched(table: pd.DataFrame, family: str, against: str, x: str = "style", y: str = "identity", least: float = -np.inf) -> dict:
+    "How much more y one family's curve has than another's at matched x ≥ `least`: difference, low, high (95 % over subjects), the common range of x, n."
     rules, points = tradeoff_points(table, x, y)
     for f in (family, against):
         check_name("family", f, list(rules.family.unique()))
         if (rules.family == f).sum() < 2: raise ValueError(f"matched: {f} has one setting, and a curve needs two")
     a, b = (points[:, np.flatnonzero(rules.family == f)] for f in (family, against))
     both = np.concatenate([a, b], 1)
-    gap, low, high = interval(lambda v: curve_gap(v[:, :a.shape[1]].mean(0), v[:, a.shape[1]:].mean(0)), both)
-    ends = [(v.mean(0)[:, 0].min(), v.mean(0)[:, 0].max()) for v in (a, b)]
-    return dict(family=family, against=against, difference=float(gap), low=float(low), high=float(high), from_x=float(max(e[0] for e in ends)),
-                to_x=float(min(e[1] for e in ends)), subjects=len(points), pictures=int(table.family.isin([family, against]).sum()))
+    gap, low, high = interval(lambda v: curve_gap(v[:, :a.shape[1]].mean(0), v[:, a.shape[1]:].mean(0), least), both)
+    ends = [(c[0, 0], c[-1, 0]) for c in (branch(v.mean(0)) for v in (a, b))]
+    return dict(family=family, against=against, difference=float(gap), low=float(low), high=float(high), from_x=float(max(least, *(e[0] for e in ends))),
+                to_x=float(min(e[1] for e in ends)), subjects=len(points), pictures=_pictures(table[table.family.isin([family, against])]))
 
 # %% ../nbs/10c_analysis.ipynb #c028
 def pareto(points: np.ndarray) -> np.ndarray:
@@ -191,14 +219,20 @@ def hypervolumes(table: pd.DataFrame, x: str = "style", y: str = "identity",
     return pd.DataFrame(dict(family=families, settings=[len(g) for g in groups], hypervolume=volume, low=low, high=high, difference=gap,
                              difference_low=gap_low, difference_high=gap_high, against=against, subjects=len(points)))
 
-# %% ../nbs/10c_analysis.ipynb #c031
+# %% ../nbs/10c_analysis.ipynb #c032
+def subject_means(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
+    "The scores' means in a row for each subject, rule and kind of prompt, with the number of `pictures`; the functions of this chapter take one kind of it like the table itself."
+    groups = table.groupby(["subject", "rule", "family", "kind"], sort=False)
+    return pd.concat([groups[metrics_of(table)].mean().round(digits), groups.size().rename("pictures")], axis=1).reset_index()
+
+# %% ../nbs/10c_analysis.ipynb #c034
 def worst(table: pd.DataFrame, metric: str, n: int = 8, rule: str | None = None) -> pd.DataFrame:
     "The n pictures with the worst score, of one rule or of all."
     _scored(table, metric)
     part = table if rule is None else table[table.rule == check_name("rule", rule, list(table.rule.unique()))]
     return part.dropna(subset=[metric]).sort_values(metric, ascending=directed(metric) > 0, kind="stable").head(n)
 
-# %% ../nbs/10c_analysis.ipynb #c034
+# %% ../nbs/10c_analysis.ipynb #c037
 def _cell(mean, low, high, digits=3): return "–" if np.isnan(mean) else f"{mean:.{digits}f}" if np.isnan(low) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 def markdown_table(rows: Sequence[Mapping]) -> str:
@@ -215,13 +249,37 @@ def summary_table(table: pd.DataFrame, metrics=None) -> str:
         return {"rule": rule} | cells | {"subjects": part.subjects.max(), "pictures": part.pictures.max()}
     return markdown_table([row(rule, part) for rule, part in summary.groupby("rule", sort=False)])
 
+def _signed(difference, low, high, clear, digits=3) -> str:
+    "A difference with its interval, bold where it is clear."
+    mark = "**" if clear else ""
+    return "–" if np.isnan(difference) else f"{mark}{difference:+.{digits}f}{mark} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+def difference_table(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], # (rule, against)
+                     metrics=None) -> str:
+    "Paired differences of several pairs of rules as a Markdown table."
+    def row(rule, against):
+        found = compare(table, against, metrics, [rule])
+        return {"rule": rule, "minus": against} | {r.metric: _signed(r.difference, r.low, r.high, r.clear) for r in found.itertuples()} | {
+            "subjects": found.subjects.max(), "pairs": found.pairs.max()}
+    return markdown_table([row(*pair) for pair in pairs])
+
+def matched_table(table: pd.DataFrame, families: Mapping[str, str], # family → what the row is called
+                  against: str, metrics: Sequence[str], x: str = "identity", least: float = -np.inf) -> str:
+    "What several families' curves have more than another's at matched x, as a Markdown table."
+    def row(family, name):
+        found = {m: matched(table, family, against, x, m, least) for m in metrics}
+        first = found[metrics[0]]
+        return {"curve": name} | {f"{m} at the same {x}": _signed(f["difference"], f["low"], f["high"], _clear(f["low"], f["high"], f["subjects"])) for m, f in found.items()} | {
+            x: "–" if np.isnan(first["difference"]) else f"{first['from_x']:.2f} to {first['to_x']:.2f}", "subjects": first["subjects"]}
+    return markdown_table([row(*item) for item in families.items()])
+
 def comparison_table(table: pd.DataFrame, against: str, metrics=None) -> str:
     "`compare` as a Markdown table; differences whose interval leaves out 0 are bold."
     def text(r): return f"**{_cell(r.difference, r.low, r.high)}**" if r.clear else _cell(r.difference, r.low, r.high)
     def row(rule, part): return {"rule": rule} | {r.metric: text(r) for r in part.itertuples()} | {"subjects": part.subjects.max(), "pairs": part.pairs.max()}
     return markdown_table([row(rule, part) for rule, part in compare(table, against, metrics).groupby("rule", sort=False)])
 
-# %% ../nbs/10c_analysis.ipynb #c036
+# %% ../nbs/10c_analysis.ipynb #c039
 TEXT_AXES = ("style", "clip_text", "siglip_text")
 IDENTITY_AXES = ("identity", "dino", "identity_photo", "clip_image", "siglip_image")
 
@@ -231,7 +289,7 @@ def axes_of(table: pd.DataFrame) -> tuple[str, str] | None:
     x, y = first(TEXT_AXES), first(IDENTITY_AXES)
     return (x, y) if x and y else None
 
-# %% ../nbs/10c_analysis.ipynb #c039
+# %% ../nbs/10c_analysis.ipynb #c042
 def _scores(table, against):
     "Sections: scores and differences, first for stylised prompts, apart for each kind."
     for kind, part in by_kind(table).items():
@@ -248,7 +306,10 @@ def by_kind(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _tradeoff(table, axes, folder):
     "Section: the curves of the families, and the area under them."
     if not axes or table.rule.nunique() < 2: return
-    plot_tradeoff(table, *axes).figure.savefig(folder / "tradeoff.png", dpi=110)
+    import matplotlib.pyplot as plt
+    figure = plot_tradeoff(table, *axes).figure
+    figure.savefig(folder / "tradeoff.png", dpi=110)
+    plt.close(figure)
     yield from ("## Trade-off", "![Text against identity](tradeoff.png)",
                 f"Area under each family's front, from (0, 0), in {axes[0]} and {axes[1]}; more settings have more chances.")
     yield markdown_table([dict(family=r.family, settings=r.settings, hypervolume=_cell(r.hypervolume, r.low, r.high), against=r.against, subjects=r.subjects,
@@ -268,7 +329,7 @@ def _made(manifest, folder):
     made |= {"speed": f"{speed['per_second']:.2f} pictures/s a worker, {speed['scoring_share']:.0%} of the time scoring"}
     yield from ("## How it was made", markdown_table([{"": k, " ": f"`{v}`"} for k, v in made.items()]))
 
-# %% ../nbs/10c_analysis.ipynb #c040
+# %% ../nbs/10c_analysis.ipynb #c043
 def _few_cells(table, n=6):
     "A few (subject, prompt) cells from all over a table, each with one seed."
     cells = table.drop_duplicates(["subject", "text"])
@@ -284,9 +345,10 @@ def pictures_grid(folder, table: pd.DataFrame, kind: str):
     grid = [[picture(cell, rule) for rule in rules] for cell in cells]
     sides = [im.width for row in grid for im in row if im]
     if not sides: return None
+    if max(sides) > 256: grid, sides = [[im and im.resize((256, 256)) for im in row] for row in grid], [256]      # a page, not a poster
     return image_grid(grid, [f"{c.subject}: {c.text}" for c in cells], rules, title="A few cells of the grid, every rule from the same noise", scale=max(1, 96 // max(sides)))
 
-# %% ../nbs/10c_analysis.ipynb #c041
+# %% ../nbs/10c_analysis.ipynb #c044
 def report(folder, # a results folder
            against: str | None = None, # a rule's label; default: the first rule that is no truth
           ) -> Path:

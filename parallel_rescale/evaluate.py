@@ -48,6 +48,7 @@ def load_pipeline(base, device: str, dtype: str) -> SubjectPipeline:
     "A pipeline without subjects, ready to draw silently."
     with quietly(): pipe = SubjectPipeline.from_pretrained(base, torch_dtype=getattr(torch, dtype), add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
+    if dtype == "float16": pipe.vae.enable_slicing()               # SDXL's decoder works in float32, and a batch of it at once takes more memory than the UNet
     return pipe.to(device)
 
 def encode_picture(image: Image.Image, kind: str) -> bytes:

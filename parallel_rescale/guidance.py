@@ -243,6 +243,8 @@ class _Wrapper(Guidance):
     @property
     def anchor(self): return self.rule.anchor
     @property
+    def needs_subject(self): return self.rule.needs_subject
+    @property
     def branches(self): return self.rule.branches
     def combine(self, *predictions): return self.rule.combine(*predictions)
     def at(self, progress): return replace(self, rule=self.rule.at(progress))
@@ -355,5 +357,6 @@ def label(rule: Guidance) -> str:
     text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if f.type is Scale)
     if isinstance(rule, CFG) and not rule.needs_subject: return text.replace("CFG", "base CFG")
     if isinstance(rule, AutoGuidance): return f"{text}, weak {_short(rule.weak)}"
-    if not isinstance(rule, ParallelRescale): return text
-    return text + (f", {rule.ratio}" if rule.ratio != "normalize" else "") + (f", gain {_short(rule.gain)}" if rule.gain != 1 else "") + (", whole" if rule.whole else "")
+    if isinstance(rule, ParallelRescale) and rule.ratio != "normalize": text += f", {rule.ratio}"
+    further = [f for f in fields(rule) if f.type is Scale and f not in rule._leading() and getattr(rule, f.name) != f.default]
+    return text + "".join(f", {f.name} {_short(getattr(rule, f.name))}" for f in further) + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")

@@ -27,7 +27,7 @@ from .world import BACKGROUNDS, CLASSES, SIZE, STYLES, SUBJECTS, caption, check_
 class Prompt:
     "What was asked for: a text with {subject}, and labels that some scorers need."
     text: str
-    kind: str = ""                   # the group it is reported under: "style", "context", …
+    kind: str = ""                   # the group it is reported under: "stylised", "context", …
     style: str | None = None         # TinyWorld's style and background, where the prompt names one
     background: str | None = None
 

@@ -27,11 +27,12 @@ def diagnostics(null,     # ε_φ(∅), [B, C, H, W]
                 base,     # ε_φ(c_base)
                 subject,  # ε_θ(c_subj)
                ) -> dict:
-    "What the three predictions say of each other: `p` (its `ratio_summary`) and the norms of g_text, g_cons, g_∥, g_⊥; lists of B numbers."
+    "What the three predictions say of each other: `p` (its `ratio_summary`), the norms of g_text, g_cons, g_∥, g_⊥, and the `cosine` of g_cons and g_text; lists of B numbers."
     g_text, g_cons = base - null, subject - base
     parallel, orthogonal = project(g_cons, g_text)
     def norm(g): return g.flatten(1).float().norm(dim=1).tolist()
-    return dict(p={k: v.tolist() for k, v in ratio_summary(consistency_ratio(g_cons, g_text)).items()},
+    cosine = torch.nn.functional.cosine_similarity(g_cons.flatten(1).float(), g_text.flatten(1).float())
+    return dict(p={k: v.tolist() for k, v in ratio_summary(consistency_ratio(g_cons, g_text)).items()}, cosine=cosine.tolist(),
                 norm_text=norm(g_text), norm_cons=norm(g_cons), norm_parallel=norm(parallel), norm_orthogonal=norm(orthogonal))
 
 # %% ../nbs/07_pipeline.ipynb #c010
@@ -42,9 +43,9 @@ class Record(list):
         self.maps = maps
 
     def rows(self) -> list[dict]:
-        "One flat dict for each step and picture, for a table: step, t, sample, p_mean, p_std, p_q05 … p_q95, norm_text …"
+        "One flat dict for each step and picture, for a table: step, t, sample, p_mean, p_std, p_q05 … p_q95, cosine, norm_text …"
         return [dict(step=r["step"], t=r["t"], sample=b, **{f"p_{k}": v[b] for k, v in r["p"].items()},
-                     **{k: v[b] for k, v in r.items() if k.startswith("norm_")})
+                     **{k: v[b] for k, v in r.items() if k == "cosine" or k.startswith("norm_")})
                 for r in self for b in range(len(r["norm_text"]))]
 
 def recorder(record: list | None, rule: Guidance):

@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SUFFIXES', 'CAPTION_COLUMNS', 'DEFAULT_CAPTION', 'CROPS', 'check_caption', 'to_rgb',
            'open_image', 'crop_square', 'Reference', 'image_files', 'metadata_rows', 'metadata_captions',
            'sidecar_caption', 'image_files_and_captions', 'load_references', 'describe', 'as_reference',
-           'as_references', 'dco_names', 'dco_captions', 'find_image', 'from_dco_json', 'wrap', 'reference_table']
+           'as_references', 'dco_names', 'dco_captions', 'find_image', 'from_dco_json', 'reference_table']
 
 # %% ../nbs/08_subject.ipynb #c003
 import csv, json, warnings
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from .plot import label_font
+from .plot import label_font, wrap
 from .subject_folder import subject_prompt, base_prompt
 
 # %% ../nbs/08_subject.ipynb #c009
@@ -230,15 +230,6 @@ def from_dco_json(file, name=None, root=None):
     return [Reference(open_image(p), c, str(p)) for p, c in zip(paths, captions)], identifier, noun
 
 # %% ../nbs/08_subject.ipynb #c049
-def wrap(text, font, width):
-    "Break a text into lines no wider than `width` pixels."
-    lines = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width: lines[-1] += f" {word}"
-        else: lines.append(word)
-    return lines
-
-# %% ../nbs/08_subject.ipynb #c050
 def reference_table(references, token, class_noun, thumbnail=96, width=720):
     "A picture of the training set, a row a reference: thumbnail, subject prompt, base prompt. Look at it before training."
     font, line, pad = label_font(13), 19, 10

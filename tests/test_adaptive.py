@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from parallel_rescale import ConsistencyGuidance, OwnWords, SubjectPipeline, TINY_SDXL, TextFloor, every
-from parallel_rescale.adaptive import bearable
+from parallel_rescale import ConsistencyGuidance, Focus, OwnWords, SubjectPipeline, TINY_SDXL, TextFloor, every
+from parallel_rescale.adaptive import bearable, strongest
 from parallel_rescale.guidance import Branch, label, rule
 from parallel_rescale.projection import coefficient
 
@@ -31,6 +31,23 @@ def test_the_text_keeps_its_share_and_no_weight_is_wasted(seed, keep, text, cons
     assert torch.allclose(out, null + text * g_text + weight * g_cons, rtol=1e-4, atol=1e-3 * size * (text + consistency))
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([(4, 4), (16, 16), (8, 20)]), st.floats(1e-3, 1e3))
+def test_the_mask_takes_its_share_of_each_sample(seed, share, side, size):
+    g = size * torch.randn(3, 4, *side, generator=torch.Generator().manual_seed(seed))
+    mask = strongest(g, share)
+    n = side[0] * side[1]
+    assert mask.shape == (3, 1, *side) and mask.dtype == torch.bool
+    assert ((mask.flatten(1).sum(1) / n - share).abs() <= 1.5 / n).all()
+    assert torch.equal(strongest(g[1:2], share), mask[1:2])                     # each sample by itself
+    assert torch.equal(strongest(7 * g, share), mask)                           # lengths only by comparison
+
+
+def test_the_mask_where_nothing_stands_out():
+    assert strongest(torch.zeros(2, 4, 8, 8), .3).all() and strongest(torch.ones(1, 4, 1, 1), 0.).all()
+    assert strongest(torch.randn(1, 4, 16, 16).bfloat16(), .5).dtype == torch.bool
+
+
 def test_limits():
     null, base, subject = triple(0)
     plain = ConsistencyGuidance(5., 2.).combine(null, base, subject)
@@ -39,7 +56,9 @@ def test_limits():
     assert torch.equal(TextFloor(5., 2., 1.).combine(null, base, friendly), ConsistencyGuidance(5., 2.).combine(null, base, friendly))
     assert torch.allclose(OwnWords(5., 2.).combine(null, base, base, subject), plain, atol=1e-5)
     assert torch.allclose(OwnWords(5., 2.).combine(null, base, subject, subject), null + 5 * (base - null), atol=1e-5)
+    assert torch.allclose(Focus(5., 2., 1.).combine(null, base, subject), plain, atol=1e-6)
     for dtype in (torch.bfloat16, torch.float16):
+        assert Focus().combine(*(v.to(dtype) for v in triple(1))).dtype == dtype
         assert TextFloor().combine(*(v.to(dtype) for v in triple(1))).dtype == dtype
     assert TextFloor().combine(null, base, subject * math.nan).isnan().all()      # NaN is passed on, for the denoiser to name
 
@@ -47,6 +66,11 @@ def test_limits():
 @pytest.mark.parametrize("bad,says", [(dict(keep=-.1), "keep must be in"), (dict(keep=math.nan), "keep"), (dict(text="a"), "TextFloor: text")])
 def test_bad_arguments(bad, says):
     with pytest.raises(ValueError, match=says): TextFloor(**bad)
+
+
+@pytest.mark.parametrize("share", [-.1, 1.1, math.nan])
+def test_a_share_is_between_0_and_1(share):
+    with pytest.raises(ValueError, match="Focus: share"): Focus(share=share)
 
 
 def test_names_and_branches():

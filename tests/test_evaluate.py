@@ -679,4 +679,4 @@ def test_tradeoff_plot():
     truth = TABLE[TABLE.rule == "consistency 1"].assign(rule="true renders", family="truth")
     axes = plot_tradeoff(pd.concat([TABLE, truth]))
     labels = [t.get_text() for t in axes.get_legend().get_texts()]
-    assert labels == ["consistency", "parallel rescale", "true renders"] and axes.get_xlabel() == "style probability"
+    assert labels == ["consistency", "parallel rescaling", "true renders"] and axes.get_xlabel() == "style probability"
