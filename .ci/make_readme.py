@@ -1,6 +1,6 @@
 """README.md from nbs/index.ipynb: `python .ci/make_readme.py`.
 
-Cells marked `#| hide` are left out, of those marked `#| echo: false` only what they show remains, links are made to work from the root of the repository, and pictures that
+Cells marked `#| hide` are left out, of those marked `#| echo: false` only what they show remains, progress bars go, links are made to work from the root of the repository, and pictures that
 a cell has drawn are kept as files in nbs/images.
 """
 import posixpath
@@ -13,12 +13,14 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, IMAGES = "nbs", "nbs/images"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def visible(cell):
     "The cell without its `#|` directives, or None if one of them is `hide`."
     directives = re.findall(r"^#\|\s*(.+?)\s*$", cell.source, flags=re.M) if cell.cell_type == "code" else []
     if "hide" in directives: return None
+    if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
     if "echo: false" in directives: cell.metadata["tags"] = ["no-source"]
     if directives: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     return cell

@@ -101,7 +101,7 @@ RULES[Focus.name] = Focus
 @dataclass(frozen=True, repr=False)
 class FocusedContrast(StyleContrast):
     "Style contrast at the `share` of locations where the subject pushes hardest (this project's)."
-    name, title, color = "focused_contrast", "focused contrast", "#CC6677"
+    name, title, color = "focused_contrast", "focused contrast", "#000000"
     share: Scale = 0.5 # s in [0, 1]
 
     def __post_init__(self):

@@ -19,7 +19,8 @@ RECORDED = Path(TINY_SDXL).parent / "data" / "evidence"
 def recorded(name: str, # of an experiment in benchmarks/evidence.py
              kind: str | None = "stylised", # of prompts: "stylised", "photo", or None for both
             ) -> pd.DataFrame:
-    "What an experiment left: means for each way of training, subject, rule and kind of prompt (`subject_means`). ValueError for an unknown name."
+    """What an experiment of benchmarks/evidence.py left: the `subject_means` of each way of training (in `ratio` means by step, in `failures` single pictures).
+    ValueError for an unknown name."""
     path = RECORDED / f"{check_name('experiment', name, sorted(p.stem for p in RECORDED.glob('*.csv')))}.csv"
     table = pd.read_csv(path)
     return table if kind is None else table[table.kind == check_name("kind", kind, list(table.kind.unique()))].reset_index(drop=True)
