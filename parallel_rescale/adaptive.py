@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .cfg import cfg
-from .guidance import Branch, ConsistencyGuidance, Guidance, RULES, Scale
+from .guidance import Branch, ConsistencyGuidance, Guidance, RULES, Scale, check_share
 from .projection import coefficient
 from .style_contrast import StyleContrast
 
@@ -40,7 +40,7 @@ class TextFloor(Guidance):
 
     def __post_init__(self):
         super().__post_init__()
-        if not callable(self.keep) and not 0 <= self.keep <= 1: raise ValueError(f"TextFloor: keep must be in [0, 1], got {self.keep!r}")
+        check_share(self, "keep")
 
     def combine(self, null, base, subject):
         g_text, g_cons = base - null, subject - base
@@ -89,7 +89,7 @@ class Focus(Guidance):
 
     def __post_init__(self):
         super().__post_init__()
-        if not callable(self.share) and not 0 <= self.share <= 1: raise ValueError(f"Focus: share must be in [0, 1], got {self.share!r}")
+        check_share(self, "share")
 
     def combine(self, null, base, subject):
         where = strongest(subject.float() - base.float(), self.share)       # rounded differences would tie
@@ -106,7 +106,7 @@ class FocusedContrast(StyleContrast):
 
     def __post_init__(self):
         super().__post_init__()
-        if not callable(self.share) and not 0 <= self.share <= 1: raise ValueError(f"FocusedContrast: share must be in [0, 1], got {self.share!r}")
+        check_share(self, "share")
 
     def combine(self, null, base, reference, subject):
         where = strongest(subject.float() - base.float(), self.share)
