@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CLASSES', 'STYLES', 'BACKGROUNDS', 'PATTERNS', 'ACCESSORIES', 'DRAWS_BACKGROUND', 'SIZE', 'SOFTNESS', 'SCALE',
            'SUBJECTS', 'HOLE', 'BODY', 'TRIM', 'DARK', 'WHITE', 'GLASS', 'ACCESSORY', 'BEAK', 'W', 'VARIANTS',
-           'STYLE_TEMPLATES', 'BACKGROUND_PHRASES', 'VECTOR_NAMES', 'REFERENCE_BACKGROUNDS', 'check_name', 'Instance',
-           'Pose', 'random_pose', 'body_colours', 'is_near', 'random_instance', 'ellipse', 'box', 'ribbon', 'star',
-           'heart', 'parts', 'pattern_parts', 'palette', 'render', 'with_article', 'caption', 'all_captions', 'grammar',
-           'instance_vector', 'reference_set', 'random_labels', 'random_example', 'render_dataset']
+           'STYLE_TEMPLATES', 'BACKGROUND_PHRASES', 'VECTOR_NAMES', 'REFERENCE_BACKGROUNDS', 'REGIMES', 'SHARED_PLACE',
+           'check_name', 'Instance', 'Pose', 'random_pose', 'body_colours', 'is_near', 'random_instance', 'ellipse',
+           'box', 'ribbon', 'star', 'heart', 'parts', 'pattern_parts', 'palette', 'render', 'with_article', 'caption',
+           'all_captions', 'grammar', 'instance_vector', 'borrowed_outfit', 'reference_set', 'random_labels',
+           'random_example', 'render_dataset']
 
 # %% ../nbs/00_world.ipynb #08c9a143
 import colorsys, difflib, math, multiprocessing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -651,13 +652,36 @@ def instance_vector(instance):
 
 # %% ../nbs/00_world.ipynb #ce36b242
 REFERENCE_BACKGROUNDS = ('plain', 'grass', 'beach', 'brick')
+REGIMES = ('varied', 'same place', 'same outfit')  # what the pictures of a reference set share, beside the subject
+SHARED_PLACE = 'brick'
 
-def reference_set(name, noun=None):
-    "Four photos of a subject, as its owner would take them: a list of (picture, caption); `noun` defaults to its class."
+def borrowed_outfit(instance):
+    "What `instance` wears in every picture of the regime 'same outfit': a hat of another colour, or a bow where it has a hat of its own."
+    kind = 'bow' if instance.accessory == 'hat' else 'hat'
+    return replace(instance, accessory=kind, accessory_hue=(instance.accessory_hue + .45) % 1)
+
+def _shots(subject, regime, rng, place):
+    "The four pictures of a regime: (who, background, pose) of each."
+    if regime == 'same place': return [(subject, place, random_pose(rng))]*4
+    who = borrowed_outfit(subject) if regime == 'same outfit' else subject
+    return [(who, b, random_pose(rng)) for b in REFERENCE_BACKGROUNDS]
+
+def _words(noun, regime, named, who, background):
+    "The caption of one picture; the place is left out where all pictures share it and `named` is False."
+    if regime == 'same outfit' and named: noun = f"{noun} wearing {with_article(who.accessory)}"
+    return caption(noun, 'photo', background if named or regime != 'same place' else None)
+
+def reference_set(name, noun=None, regime='varied', named=True, place=SHARED_PLACE):
+    """Four photos of a subject, as its owner would take them: a list of (picture, caption); `noun` defaults to its class.
+
+    regime: 'varied', four places; 'same place', one place and one pose; 'same outfit', four places and in each the same
+    borrowed thing to wear. named: whether the captions name what all four share. place: of 'same place'."""
     subject = SUBJECTS[check_name('subject', name, SUBJECTS)]
-    rng = np.random.default_rng([2024, list(SUBJECTS).index(name)])
-    return [(render(subject, 'photo', b, random_pose(rng), seed=[2024, k]), caption(noun or subject.cls, 'photo', b))
-            for k, b in enumerate(REFERENCE_BACKGROUNDS)]
+    check_name('regime', regime, REGIMES), check_name('background', place, BACKGROUNDS)
+    if regime == 'varied' and not named: raise ValueError("named=False: pictures of the regime 'varied' share nothing that a caption could leave out")
+    shots = _shots(subject, regime, np.random.default_rng([2024, list(SUBJECTS).index(name)]), place)
+    return [(render(who, 'photo', b, pose, seed=[2024, k]), _words(noun or subject.cls, regime, named, who, b))
+            for k, (who, b, pose) in enumerate(shots)]
 
 # %% ../nbs/00_world.ipynb #f62e9f99
 def random_labels(rng, photo=.28):
