@@ -1,6 +1,6 @@
 """The evidence: every claim on TinyWorld's held-out subjects, with paired noise and intervals over subjects.
 
-    python benchmarks/evidence.py family ablation              # teach the subjects, draw, score; see EXPERIMENTS
+    python benchmarks/evidence.py regimes captions             # teach the subjects, draw, score; see EXPERIMENTS
 
 With two processes, first both teach, each half of the subjects, and then they share the pictures:
 
@@ -13,7 +13,8 @@ parallel_rescale/data/evidence/<experiment>.csv. A run that was stopped goes on 
 import argparse
 import os
 import re
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -21,68 +22,86 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from parallel_rescale import (AutoGuidance, CFG, ConsistencyGuidance, Focus, FocusedContrast, NegativeStyle, OrthogonalOnly, OwnWords, ParallelRescale, PersonalizationGuidance, Record, StyleContrast, TextFloor, TINY_SDXL,
-                              evaluate, every, finetune, interval)
+from parallel_rescale import (AutoGuidance, Branch, CFG, ConsistencyGuidance, Focus, FocusedContrast, Guidance,
+                              NegativeStyle, OrthogonalOnly, OwnWords, ParallelRescale, PersonalizationGuidance,
+                              StyleContrast, TextFloor, TINY_SDXL, evaluate, every, finetune, interval)
 from parallel_rescale.analysis import subject_means
+from parallel_rescale.consistency import consistency_guidance
 from parallel_rescale.evaluate import load_pipeline, quietly
-from parallel_rescale.grid import load_scores, noise_seed, picture_name, prompt_set, throughput
+from parallel_rescale.grid import PLACES, load_scores, noise_seed, picture_name, prompt_set, throughput
 from parallel_rescale.guidance import label
+from parallel_rescale.pipeline import diagnostics
 from parallel_rescale.plot import image_grid
 from parallel_rescale.subject_folder import base_prompt, subject_prompt
 from parallel_rescale.world import SUBJECTS, reference_set
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "parallel_rescale" / "data" / "evidence"
-SCORERS = "judge", "oracle", "leak"
-TEXT, WEIGHTS = 3.0, (0.5, 1.0, 1.5, 2.0, 3.0)
+SCORERS = "judge", "oracle", "leak", "shared"
+TEXT = 3.0   # ω_text
 DTYPE = "bfloat16"   # half again as fast as float32 where the CPU knows it; 38 means over two subjects differed by .004 at most
-THREE = {"dco": {}, "dreambooth": dict(loss="dreambooth"), "dreambooth_ti": dict(loss="dreambooth", train_text_encoder_ti=True)}
+
+# a way of training is one of these, and after a semicolon the references it was trained on ("dco; same place")
+LONG = dict(loss="dreambooth", max_train_steps=400)
+LOSSES = {"dco": {}, "dreambooth": dict(loss="dreambooth"), "dreambooth 400": LONG, "dreambooth 400, prior": LONG | dict(prior_loss_weight=1.0)}
 LENGTHS = {f"{name}steps={n}": more | dict(max_train_steps=n) for name, more in (("", {}), ("dreambooth, ", dict(loss="dreambooth"))) for n in (100, 400)}
 SETTINGS = {f"{k}={v:g}": {name: v} for k, name, values in (("beta", "beta", (30., 300., 1000.)), ("rank", "rank", (4, 16)), ("lr", "learning_rate", (5e-4, 2e-3))) for v in values}
-WAYS = THREE | LENGTHS | SETTINGS
-DEVELOPED_ON = "inky_the_octopus", "bubbles_the_fish", "pixel_the_cat"   # the judgement of `designs` leaves them out
-ALL, EIGHT, FOUR = list(SUBJECTS), [n for i, n in enumerate(SUBJECTS) if i % 3], list(SUBJECTS)[1::3]
+WAYS = LOSSES | LENGTHS | SETTINGS
+SETS = {"varied": {}, "same place": dict(regime="same place", named=False), "same place, named": dict(regime="same place"),
+        "same outfit": dict(regime="same outfit", named=False), "same outfit, named": dict(regime="same outfit"),
+        "same place, city": dict(regime="same place", named=False, place="city"), "same place, grass": dict(regime="same place", named=False, place="grass")}
+ALL = list(SUBJECTS)
+EIGHT, FOUR = [n for i, n in enumerate(ALL) if i % 3], ALL[1::3]
+HATLESS = [n for n in ALL if SUBJECTS[n].accessory != "hat" and n != "inky_the_octopus"]   # on whom the judge sees a borrowed hat
+BOTH = [f"{loss}; {references}" for references in ("same place", "varied") for loss in ("dco", "dreambooth 400")]
 
 
-def family():
-    "One curve for each rule over its scales, five settings each."
-    rules = [CFG(s) for s in (1.5, 2.0, 3.0, 5.0, 7.5)] + [AutoGuidance(s) for s in (1.5, 2.1, 3.0, 5.0, 7.5)]
-    rules += [PersonalizationGuidance(TEXT, w) for w in (0.75, 0.5, 0.25, 0.0)] + [PersonalizationGuidance(5.0, 0.0)]
-    curves = ConsistencyGuidance, ParallelRescale, OrthogonalOnly, StyleContrast, NegativeStyle, TextFloor, OwnWords
-    return rules + [make(TEXT, w) for make in curves for w in WEIGHTS]
-
-
-def small_family():
-    "Three settings each, for the subjects that were not trained by DCO."
-    rules = [CFG(s) for s in (1.5, 3.0, 5.0)] + [PersonalizationGuidance(TEXT, w) for w in (0.75, 0.5, 0.25)]
-    return rules + [make(TEXT, w) for make in (ConsistencyGuidance, ParallelRescale, StyleContrast, Focus, FocusedContrast) for w in (1.0, 1.5, 3.0)]
-
-
-def designs():
-    "The rules of this project that came after a look at the subjects DEVELOPED_ON."
-    rules = [make(TEXT, w) for make in (Focus, FocusedContrast, partial(NegativeStyle, amount=.25)) for w in WEIGHTS]
-    return {label(r): r for r in rules} | {f"style contrast {TEXT:g}/{w:g}, per location": StyleContrast(TEXT, w, whole=False) for w in WEIGHTS}
-
-
-def ablation():
-    "Each half of parallel rescaling alone, and over the whole latent; the other parts are rules of `family`."
-    return [ParallelRescale(TEXT, w, ratio=r) for r in ("center", "scale") for w in WEIGHTS] + [ParallelRescale(TEXT, w, whole=True) for w in WEIGHTS]
-
-
-def parts():
-    "The same with the three weights of `small_family`."
-    return [rule for rule in ablation() if rule.consistency in (1.0, 1.5, 3.0)] + [OrthogonalOnly(TEXT, w) for w in (1.0, 1.5, 3.0)]
-
-
-def scales():
-    "ω_text × ω_cons: the paper's grid, and a weaker text; ω_text = 3 is in `family`."
-    grid = [*product((2.0,), (1.0, 2.0, 3.0)), *product((5.0, 7.5, 10.0), (1.5, 3.0, 4.5))]
-    return [make(t, w) for t, w in grid for make in (ConsistencyGuidance, ParallelRescale)]
+def curve(make, *weights): return [make(TEXT, w) for w in weights]
 
 
 def between(start, stop, value):
     "A scale that is `value` in one part of the steps and 0 in the rest."
     return lambda progress: value if start <= progress < stop else 0.
+
+
+def regimes():
+    "The family: a curve for each rule over its scales, on references in four places and in one."
+    rules = [CFG(s) for s in (1.5, 3.0, 5.0)] + [PersonalizationGuidance(TEXT, w) for w in (0.75, 0.5, 0.0)]
+    rules += curve(ConsistencyGuidance, 1.0, 1.5, 2.0, 4.0) + curve(ParallelRescale, 1.0, 1.5, 2.0, 4.0)
+    for make in (OrthogonalOnly, StyleContrast, NegativeStyle, Focus, FocusedContrast): rules += curve(make, 1.0, 2.0, 4.0)
+    return {label(r): r for r in rules} | {"true renders": "truth"}
+
+
+def parts():
+    "What each part of parallel rescaling does, the plain rivals in time, and designs that did not do well before."
+    weights, name = (1.0, 2.0, 4.0), "parallel rescaling"
+    rules = {f"{name} {TEXT:g}/{w:g}, {part}": ParallelRescale(TEXT, w, **options) for part, options in
+             (("centre", dict(ratio="center")), ("whole", dict(whole=True)), ("size", dict(ratio="scale"))) for w in weights}
+    rules |= {f"consistency {TEXT:g}/{w:g}, late push": ConsistencyGuidance(TEXT, between(1 / 3, 1.1, w)) for w in weights}
+    rules |= {f"consistency {TEXT:g}/{w:g}, interval": interval(ConsistencyGuidance(TEXT, w), .2, .8) for w in (1.0, 2.0)}
+    return rules | {label(r): r for r in (TextFloor(TEXT, 4.0), OwnWords(TEXT, 2.0), AutoGuidance(2.1), NegativeStyle(TEXT, 2.0, .25))}
+
+
+def captions():
+    "What naming the place, or prior preservation, does to the rules."
+    rules = [CFG(3.0), PersonalizationGuidance(TEXT, 0.0), *curve(ConsistencyGuidance, 1.0, 2.0, 4.0), *curve(ParallelRescale, 2.0, 4.0)]
+    return [*rules, *(make(TEXT, 2.0) for make in (StyleContrast, NegativeStyle, FocusedContrast))]
+
+
+def outfit():
+    "A borrowed hat in every picture: who puts it on again?"
+    return [CFG(3.0), *curve(ConsistencyGuidance, 2.0, 4.0), *curve(ParallelRescale, 2.0, 4.0), OrthogonalOnly(TEXT, 2.0), FocusedContrast(TEXT, 2.0)]
+
+
+def elsewhere():
+    "Walls of another kind."
+    return [CFG(3.0), *curve(ConsistencyGuidance, 1.0, 2.0), *curve(ParallelRescale, 2.0), FocusedContrast(TEXT, 2.0)]
+
+
+def scales():
+    "ω_text × ω_cons: the paper's grid, and a weaker text."
+    grid = [*product((2.0,), (1.0, 2.0, 3.0)), *product((5.0, 7.5, 10.0), (1.5, 3.0, 4.5))]
+    return [make(t, w) for t, w in grid for make in (ConsistencyGuidance, ParallelRescale)]
 
 
 def when():
@@ -104,17 +123,35 @@ def overfit():
     return [CFG(5.0), ConsistencyGuidance(TEXT, 2.0), ParallelRescale(TEXT, 2.0)]
 
 
-def benchmark():
-    "Six rules at one setting each: TinyWorld's benchmark."
-    return [CFG(5.0), PersonalizationGuidance(TEXT, 0.5), ConsistencyGuidance(TEXT, 2.0), ParallelRescale(TEXT, 2.0), Focus(TEXT, 2.0), FocusedContrast(TEXT, 2.0)]
+@dataclass(frozen=True)
+class Experiment:
+    "Which subjects, trained how, are drawn by which rules."
+    ways: list
+    names: list
+    rules: Callable
+    prompts: str = "places"
+    steps: int = 20
+    images: str | None = None   # "webp" keeps the pictures
 
 
-# name → (ways of training, subjects, rules, seeds, steps)
-EXPERIMENTS = {"family": (["dco"], ALL, family, 1, 20), "designs": (["dco"], ALL, designs, 1, 20), "ablation": (["dco"], ALL, ablation, 1, 20), "reuse": (["dco"], ALL, reuse, 1, 30),
-               "trained": (["dreambooth", "dreambooth_ti"], EIGHT, small_family, 1, 20), "parts": (["dreambooth"], EIGHT, parts, 1, 20), "scales": (["dco"], EIGHT, scales, 1, 20),
-               "when": (["dco"], EIGHT, when, 1, 20), "overfit": (["dco", "dreambooth", *LENGTHS], FOUR, overfit, 1, 20),
-               "settings": ([*SETTINGS], FOUR, overfit, 1, 20),
-               "benchmark": (["dco"], ALL, benchmark, 4, 30)}
+EXPERIMENTS = {
+    "regimes": Experiment(BOTH, ALL, regimes, images="webp"),
+    "captions": Experiment(["dco; same place, named", "dreambooth 400; same place, named", "dreambooth 400, prior; same place"], ALL, captions),
+    "parts": Experiment(BOTH, ALL, parts),
+    "outfit": Experiment([f"{loss}; {s}" for loss in ("dco", "dreambooth 400") for s in ("same outfit", "same outfit, named")], HATLESS, outfit),
+    "elsewhere": Experiment([f"{loss}; same place, {place}" for loss in ("dco", "dreambooth 400") for place in ("city", "grass")], FOUR, elsewhere),
+    "reuse": Experiment(["dco"], ALL, reuse, "tinyworld20", 30), "scales": Experiment(["dco"], EIGHT, scales, "tinyworld20"),
+    "when": Experiment(["dco"], EIGHT, when, "tinyworld20"), "overfit": Experiment(["dco", "dreambooth", *LENGTHS], FOUR, overfit, "tinyworld20"),
+    "settings": Experiment([*SETTINGS], FOUR, overfit, "tinyworld20")}
+
+
+def split(way):
+    "(how a subject is trained, on which references) of a name such as 'dco; same place'."
+    loss, _, references = way.partition("; ")
+    return loss, references or "varied"
+
+
+def references_of(name, way): return reference_set(name, "{subject}", **SETS[split(way)[1]])
 
 
 def teach(work, ways, names, share=(0, 1)):
@@ -123,58 +160,94 @@ def teach(work, ways, names, share=(0, 1)):
     for way, name in [*product(ways, names)][share[0]::share[1]]:
         folder = work / "subjects" / way / name
         if not (folder / "subject.json").exists():
-            finetune(reference_set(name, "{subject}"), class_noun=SUBJECTS[name].cls, token=f"<{name.split('_')[0]}>", output=folder, overwrite=True, **WAYS[way])
+            finetune(references_of(name, way), class_noun=SUBJECTS[name].cls, token=f"<{name.split('_')[0]}>", output=folder, overwrite=True, **WAYS[split(way)[0]])
+
+
+@dataclass(frozen=True, repr=False)
+class Watch(Guidance):
+    """Consistency guidance that notes what g_cons is made of, beside two directions that hold no subject: the adapter without the
+    subject's word, and an adapter that learned a thing of another class, both asked for the class."""
+    name, title, anchor = "watch", "consistency, watched", 1
+    text: float = TEXT
+    consistency: float = 2.0
+    seen: list = field(default_factory=list)
+
+    @property
+    def branches(self): return Branch("null"), Branch("base"), Branch("subject", "subject"), Branch("base", "subject"), Branch("base", "other")
+
+    def combine(self, null, base, subject, *nulls):
+        for kind, prediction in zip(("subject", "without the word", "another class"), (subject, *nulls)): self.seen.append((kind, diagnostics(null, base, prediction)))
+        return consistency_guidance(null, base, subject, self.text, self.consistency)
+
+
+def watched(pipe, case, prompts):
+    "A row for each step, direction and kind of prompt: means over pictures of p, its spread, the cosine and the sizes."
+    name, token, noun = case, pipe.subjects["subject"].token, pipe.subjects["subject"].class_noun
+    rule = Watch()
+    pipe([subject_prompt(p.text, token) for p in prompts], base_prompt=[base_prompt(p.text, noun) for p in prompts], guidance=rule, num_inference_steps=20,
+         generator=[torch.Generator().manual_seed(noise_seed(0, name, p.text)) for p in prompts], output_type="latent")
+    rows = [dict(step=i // 3, direction=kind, kind=p.kind, p_mean=d["p"]["mean"][b], p_std=d["p"]["std"][b],
+                 **{k: d[k][b] for k in ("cosine", "norm_text", "norm_cons", "norm_parallel", "norm_orthogonal")})
+            for i, (kind, d) in enumerate(rule.seen) for b, p in enumerate(prompts)]
+    table = pd.DataFrame(rows)
+    table["parallel_share"] = (table.norm_parallel / table.norm_cons) ** 2                       # of the squared length
+    table["p_whole"] = table.cosine * table.norm_cons / table.norm_text                          # one p for the whole latent
+    return table.groupby(["kind", "direction", "step"], sort=False).mean().round(4).assign(pictures=table.groupby(["kind", "direction", "step"]).size()).reset_index()
+
+
+def other_class(name):
+    "The next subject in the list that is of another class."
+    return next(n for n in ALL[ALL.index(name):] + ALL if SUBJECTS[n].cls != SUBJECTS[name].cls)
 
 
 def ratio(work):
-    "Consistency_p, and the sizes of the directions, at every step of consistency guidance 3/2; a row for each way of training, subject, kind of prompt and step."
-    teach(work, THREE, EIGHT)
+    "Consistency_p at every step of consistency guidance 3/2, and of two directions that hold no subject (what chance gives)."
+    teach(work, BOTH, ALL)
     if int(os.environ.get("RANK", 0)): return
     torch.set_num_threads(1)
-    prompts, frames = prompt_set("tinyworld20"), []
-    for way, name in product(THREE, EIGHT):
-        with quietly(): pipe = load_pipeline(TINY_SDXL, "cpu", "float32").load_subject(work / "subjects" / way / name)
-        record, (token, noun) = Record(), (pipe.subject.token, pipe.subject.class_noun)
-        pipe([subject_prompt(p.text, token) for p in prompts], base_prompt=[base_prompt(p.text, noun) for p in prompts], guidance=ConsistencyGuidance(TEXT, 2.0), num_inference_steps=20,
-             generator=[torch.Generator().manual_seed(noise_seed(0, name, p.text)) for p in prompts], output_type="latent", record=record)
-        rows = pd.DataFrame(record.rows())
-        rows["kind"] = [prompts[i].kind for i in rows["sample"]]
-        rows["parallel_share"] = (rows.norm_parallel / rows.norm_cons) ** 2                      # of the squared length of g_cons
-        groups = rows.drop(columns="sample").groupby(["kind", "step"], sort=False)
-        frames.append(groups.mean().round(4).assign(pictures=groups.size()).reset_index().assign(trained=way, subject=name))
+    frames = []
+    for way, name in product(BOTH, ALL):
+        with quietly():
+            pipe = load_pipeline(TINY_SDXL, "cpu", "float32").load_subject(work / "subjects" / way / other_class(name), name="other")
+            pipe.load_subject(work / "subjects" / way / name)
+        frames.append(watched(pipe, name, prompt_set("places")).assign(trained=split(way)[0], regime=split(way)[1], subject=name))
     pd.concat(frames).to_csv(DATA / "ratio.csv", index=False)
+
+
+def variants(table):
+    "The table with what follows a comma in a rule's name as part of its family: 'consistency 3/2, late push' is a family of its own."
+    return table.assign(family=table.family + table.rule.str.partition(", ")[2].map(lambda v: f", {v}" if v else ""))
 
 
 def run(work, experiment):
     "Draw and score an experiment; write its means."
-    ways, names, rules, seeds, steps = EXPERIMENTS[experiment]
-    teach(work, ways, names)
-    rows = []
-    for way in ways:
-        subjects = {name: (str(work / "subjects" / way / name), name) for name in names}
-        rules_ = rules() if isinstance(rules(), dict) else ["truth", *rules()]
-        keep = "webp" if experiment == "benchmark" else None
-        rows.append(subject_means(evaluate(subjects, "tinyworld20", rules_, seeds, SCORERS, output=work / experiment / way, batch_size=20, steps=steps, dtype=DTYPE, threads=1, images=keep)).assign(trained=way))
+    e = EXPERIMENTS[experiment]
+    teach(work, e.ways, e.names)
+    rows, made = [], e.rules()
+    for way in e.ways:
+        subjects = {name: (str(work / "subjects" / way / name), references_of(name, way)) for name in e.names}
+        table = evaluate(subjects, e.prompts, made, 1, SCORERS, output=work / experiment / way, batch_size=20, steps=e.steps, dtype=DTYPE, threads=1, images=e.images)
+        rows.append(subject_means(variants(table)).assign(trained=split(way)[0], regime=split(way)[1]))
     if int(os.environ.get("RANK", 0)) == 0:
         pd.concat(rows).to_csv(DATA / f"{experiment}.csv", index=False)
-        print(experiment, throughput(work / experiment / ways[-1]))
+        print(experiment, throughput(work / experiment / e.ways[-1]))
 
 
 def failures(work):
-    "The benchmark's worst cells by each score, as the mean over its rules: nbs/images/failures.png, and their scores."
+    "The worst cells by each score, as the mean over the rules at 3/2: nbs/images/failures.png, and their scores."
     if int(os.environ.get("RANK", 0)): return
-    folder = work / "benchmark" / "dco"
-    table = load_scores(folder).query("kind == 'stylised'")
-    key, rules, rows = ["subject", "text", "seed"], list(table.rule.unique()), []
-    drawn = table[table.family != "truth"].groupby(key)
-    for metric in ("style", "class", "identity"):
-        low = drawn[metric].mean().sort_values().reset_index().drop_duplicates("subject").head(2)      # two subjects for each score
-        rows += [cell.assign(worst=metric) for _, cell in low.drop(columns=metric).iterrows() for cell in [table.merge(cell.to_frame().T, on=key)]]
-    def picture(row): return Image.open(folder / picture_name(row.subject, row.rule, row.prompt, row.seed, "webp")).convert("RGB")
+    rows, key, rules = [], ["subject", "text", "seed"], ["true renders", "CFG 3", "consistency 3/2", "parallel rescaling 3/2", "style contrast 3/2", "focused contrast 3/2"]
+    for way in BOTH[:2]:
+        table = load_scores(work / "regimes" / way).query("rule in @rules")
+        drawn = table[table.family != "truth"].groupby(key)
+        for metric in ("background", "style", "identity"):
+            low = drawn[metric].mean().sort_values().reset_index().head(1)
+            rows.append(table.merge(low.drop(columns=metric), on=key).assign(worst=metric, trained=split(way)[0], folder=str(work / "regimes" / way)))
+    def picture(row): return Image.open(Path(row.folder) / picture_name(row.subject, row.rule, row.prompt, row.seed, "webp")).convert("RGB")
     grid = [[picture(row) for rule in rules for row in cell[cell.rule == rule].itertuples()] for cell in rows]
-    labels = [f"least {cell.worst.iloc[0]}: {cell.text.iloc[0].replace('a {subject}', cell.subject.iloc[0].split('_')[0].title())}" for cell in rows]
+    labels = [f"least {c.worst.iloc[0]} ({c.trained.iloc[0]}): {c.text.iloc[0].replace('a {subject}', c.subject.iloc[0].split('_')[0].title())}" for c in rows]
     image_grid(grid, labels, rules, title="Where every rule fails: the same noise in each row", scale=2).quantize(128).save(ROOT / "nbs" / "images" / "failures.png")
-    pd.concat(rows)[["worst", *key, "rule", "family", "kind", "style", "class", "identity"]].round(3).to_csv(DATA / "failures.csv", index=False)
+    pd.concat(rows)[["worst", *key, "trained", "rule", "family", "kind", "style", "background", "class", "identity"]].round(3).to_csv(DATA / "failures.csv", index=False)
 
 
 FURTHER = {"ratio": ratio, "failures": failures}
@@ -191,7 +264,7 @@ def main():
     if a.teach and not re.fullmatch(r"\d+/\d+", a.teach) or a.teach and int(a.teach.split("/")[0]) >= int(a.teach.split("/")[1]):
         parser.error(f"--teach: expected K/N with K from 0 to N − 1, got {a.teach!r}")
     if a.teach:
-        for ways, names, *_ in (EXPERIMENTS[what] for what in chosen if what in EXPERIMENTS): teach(a.work, ways, names, tuple(map(int, a.teach.split("/"))))
+        for e in (EXPERIMENTS[what] for what in chosen if what in EXPERIMENTS): teach(a.work, e.ways, e.names, tuple(map(int, a.teach.split("/"))))
         return
     for what in chosen: FURTHER[what](a.work) if what in FURTHER else run(a.work, what)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['APPEARANCE', 'ORACLE', 'SCORERS', 'METRICS', 'Prompt', 'References', 'score', 'clip_score', 'load_encoder',
            'DinoScorer', 'ClipScorer', 'SiglipScorer', 'TruthBank', 'true_renders', 'truth_bank', 'appearance',
-           'JudgeScorer', 'whitening', 'OracleScorer', 'LeakScorer', 'separation', 'scorer']
+           'mean_there', 'JudgeScorer', 'shared_place', 'shared_outfit', 'worn_accessories', 'SharedScorer',
+           'whitening', 'OracleScorer', 'LeakScorer', 'separation', 'scorer']
 
 # %% ../nbs/10_metrics.ipynb #c003
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,8 @@ from PIL import Image
 
 from .judge import as_tensor, judge_images, load_judge
 from .subject_folder import base_prompt
-from .world import BACKGROUNDS, CLASSES, SIZE, STYLES, SUBJECTS, caption, check_name, random_pose, reference_set, render
+from .world import (
+    ACCESSORIES, BACKGROUNDS, CLASSES, SIZE, STYLES, SUBJECTS, VECTOR_NAMES, caption, check_name, random_pose, reference_set, render)
 
 # %% ../nbs/10_metrics.ipynb #c008
 @dataclass(frozen=True)
@@ -220,8 +222,15 @@ class _TinyWorld:
     def __repr__(self): return self.name
 
 # %% ../nbs/10_metrics.ipynb #c029
+def mean_there(*scores):
+    "Mean of several scores [N] over those that are numbers; NaN where none is."
+    values = np.stack([np.asarray(s, float) for s in scores])
+    there = ~np.isnan(values)
+    return np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
+
 class JudgeScorer(_TinyWorld):
-    "`style`, `class`, `background`: probabilities of what the prompt asks for (NaN where it asks for none); `identity`, `identity_photo`: cosines."
+    """`style`, `class`, `background`: probabilities of what the prompt asks for (NaN where it asks for none); `text`: the mean of those of
+    style and background; `identity`, `identity_photo`: cosines."""
     name = "judge"
     def __call__(self, images, prompts, references):
         seen, asked = judge_images(load_judge(), _pixels(images, self.name)), _cells(prompts)
@@ -232,7 +241,7 @@ class JudgeScorer(_TinyWorld):
         cls = CLASSES.index(references.class_noun) if references.class_noun in CLASSES else -1
         scores = {"style": probability(seen["style"], asked[:, 0]), "class": probability(seen["cls"], [cls] * len(images)),
                   "background": probability(seen["background"], asked[:, 1])}
-        return scores | self.identities(seen["identity"], asked, references)
+        return scores | {"text": mean_there(scores["style"], scores["background"])} | self.identities(seen["identity"], asked, references)
 
     def identities(self, embedding, asked, references):
         "The two identity scores; `identity` is NaN for a subject that TinyWorld does not know."
@@ -247,6 +256,46 @@ class JudgeScorer(_TinyWorld):
             own = judge_images(load_judge(), _pixels(references.images, self.name))["identity"].mean(0)
             scores["identity_photo"] = embedding @ F.normalize(own, dim=0)
         return scores
+
+# %% ../nbs/10_metrics.ipynb #c030b
+@torch.no_grad()
+def shared_place(references: References, sure: float = .5) -> int:
+    "The background that the judge sees in every reference, with a probability over `sure`: its number, or −1 for none."
+    if not references.images: return -1
+    seen = judge_images(load_judge(), _pixels(references.images, "shared"))["background"].softmax(1).min(0).values
+    return int(seen.argmax()) if seen.max() > sure else -1
+
+@torch.no_grad()
+def shared_outfit(references: References, sure: float = .6) -> int:
+    """The accessory that the references show and the subject does not own: its number in `ACCESSORIES`, or −1 for none.
+
+    The judge tells hats (.65 to .99 in eight sets of four pictures); bows, stars and hearts it often confuses."""
+    if not references.images or references.name not in SUBJECTS: return -1
+    worn = worn_accessories(judge_images(load_judge(), _pixels(references.images, "shared"))["vector"]).mean(0)
+    number = int(worn.argmax())
+    return number if worn.max() > sure and ACCESSORIES[number] not in ("none", SUBJECTS[references.name].accessory) else -1
+
+def worn_accessories(vector # [N, V], the judge's guess of `instance_vector`
+                    ): # [N, A] in [0, 1]
+    "How sure the judge is of each of `ACCESSORIES`."
+    first = VECTOR_NAMES.index(f"accessory {ACCESSORIES[0]}")
+    return vector[:, first:first + len(ACCESSORIES)].clamp(0, 1)
+
+# %% ../nbs/10_metrics.ipynb #c030d
+class SharedScorer(_TinyWorld):
+    "`shared_place`: P(the place that all references show), where the prompt asks for another; `shared_outfit`: the same for a borrowed accessory. NaN where nothing is shared."
+    name = "shared"
+    def __init__(self, device=None): super().__init__(device); self._known = WeakKeyDictionary()
+    def __getstate__(self): return dict(device=self.device)
+    def __setstate__(self, state): self.__init__(**state)
+
+    def __call__(self, images, prompts, references):
+        if references not in self._known: self._known[references] = shared_place(references), shared_outfit(references)
+        place, outfit = self._known[references]
+        seen, n = judge_images(load_judge(), _pixels(images, self.name)), len(images)
+        elsewhere = (_cells(prompts)[:, 1] != place) & (_cells(prompts)[:, 1] >= 0) & (place >= 0)
+        return {"shared_place": np.where(elsewhere, seen["background"].softmax(1)[:, place], np.nan),
+                "shared_outfit": worn_accessories(seen["vector"])[:, outfit] if outfit >= 0 else np.full(n, np.nan)}
 
 # %% ../nbs/10_metrics.ipynb #c032
 ORACLE = ("features", "identity", "cls", "vector")     # what the oracle looks at
@@ -303,9 +352,10 @@ def separation(better, worse) -> dict:
     return dict(gap=float(gap.mean()), d=float(gap.mean() / max(gap.std(), 1e-12)), right=float((gap > 0).mean()), n=len(gap))
 
 # %% ../nbs/10_metrics.ipynb #c044
-SCORERS = {c.name: c for c in (JudgeScorer, OracleScorer, LeakScorer, ClipScorer, DinoScorer, SiglipScorer)}
+SCORERS = {c.name: c for c in (JudgeScorer, OracleScorer, LeakScorer, SharedScorer, ClipScorer, DinoScorer, SiglipScorer)}
 METRICS = {  # what a score is called in figures, and whether more of it is better
     "style": ("style probability", 1), "class": ("class probability", 1), "background": ("background probability", 1),
+    "text": ("text: style and place", 1), "shared_place": ("the references' place", -1), "shared_outfit": ("the references' outfit", -1),
     "identity": ("identity (true renders)", 1), "identity_photo": ("identity (references)", 1), "oracle": ("distance to the truth", -1),
     "leak": ("appearance leak", -1), "leak_photo": ("photo probability", -1), "clip_text": ("CLIP text alignment", 1), "clip_score": ("CLIPScore", 1),
     "clip_image": ("CLIP-I", 1), "dino": ("DINOv2 identity", 1), "siglip_text": ("SigLIP text alignment", 1), "siglip_image": ("SigLIP image similarity", 1)}

@@ -272,7 +272,7 @@ def test_every_score_has_a_name_and_a_direction():
 
 def test_prompt_sets():
     sets = {n: prompt_set(n) for n in PROMPT_SETS}
-    assert {n: len(s) for n, s in sets.items()} == dict(tinyworld20=20, tinyworld=64, stylised=20, dreambench_object=25, dreambench_live=25)
+    assert {n: len(s) for n, s in sets.items()} == dict(tinyworld20=20, places=10, tinyworld=64, stylised=20, dreambench_object=25, dreambench_live=25)
     for prompts in sets.values(): assert len({p.text for p in prompts}) == len(prompts) and all(p.kind for p in prompts)
     twenty = sets["tinyworld20"]
     assert {p.text for p in twenty} <= {p.text for p in sets["tinyworld"]} and sum(p.kind == "photo" for p in twenty) == 6
