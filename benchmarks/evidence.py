@@ -165,18 +165,17 @@ def teach(work, ways, names, share=(0, 1)):
 
 @dataclass(frozen=True, repr=False)
 class Watch(Guidance):
-    """Consistency guidance that notes what g_cons is made of, beside two directions that hold no subject: the adapter without the
-    subject's word, and an adapter that learned a thing of another class, both asked for the class."""
+    "Consistency guidance that notes what g_cons is made of, beside a direction that holds no subject: an adapter that learned a thing of another class, asked for the class."
     name, title, anchor = "watch", "consistency, watched", 1
     text: float = TEXT
     consistency: float = 2.0
     seen: list = field(default_factory=list)
 
     @property
-    def branches(self): return Branch("null"), Branch("base"), Branch("subject", "subject"), Branch("base", "subject"), Branch("base", "other")
+    def branches(self): return Branch("null"), Branch("base"), Branch("subject", "subject"), Branch("base", "other")
 
-    def combine(self, null, base, subject, *nulls):
-        for kind, prediction in zip(("subject", "without the word", "another class"), (subject, *nulls)): self.seen.append((kind, diagnostics(null, base, prediction)))
+    def combine(self, null, base, subject, other):
+        self.seen.extend([("subject", diagnostics(null, base, subject)), ("another class", diagnostics(null, base, other))])
         return consistency_guidance(null, base, subject, self.text, self.consistency)
 
 
@@ -186,13 +185,13 @@ def watched(pipe, case, prompts):
     rule = Watch()
     pipe([subject_prompt(p.text, token) for p in prompts], base_prompt=[base_prompt(p.text, noun) for p in prompts], guidance=rule, num_inference_steps=20,
          generator=[torch.Generator().manual_seed(noise_seed(0, name, p.text)) for p in prompts], output_type="latent")
-    rows = [dict(step=i // 3, direction=kind, kind=p.kind, p_mean=d["p"]["mean"][b], p_std=d["p"]["std"][b],
-                 **{k: d[k][b] for k in ("cosine", "norm_text", "norm_cons", "norm_parallel", "norm_orthogonal")})
-            for i, (kind, d) in enumerate(rule.seen) for b, p in enumerate(prompts)]
-    table = pd.DataFrame(rows)
-    table["parallel_share"] = (table.norm_parallel / table.norm_cons) ** 2                       # of the squared length
-    table["p_whole"] = table.cosine * table.norm_cons / table.norm_text                          # one p for the whole latent
-    return table.groupby(["kind", "direction", "step"], sort=False).mean().round(4).assign(pictures=table.groupby(["kind", "direction", "step"]).size()).reset_index()
+    rows = [dict(step=i // 2, direction=direction, kind=p.kind, p_mean=d["p"]["mean"][b], p_std=d["p"]["std"][b],
+                 cosine=d["cosine"][b], norm_text=d["norm_text"][b], norm_cons=d["norm_cons"][b],
+                 parallel_share=(d["norm_parallel"][b] / d["norm_cons"][b]) ** 2,                # of the squared length
+                 p_whole=d["cosine"][b] * d["norm_cons"][b] / d["norm_text"][b])                 # one p for the whole latent
+            for i, (direction, d) in enumerate(rule.seen) for b, p in enumerate(prompts)]
+    groups = pd.DataFrame(rows).groupby(["kind", "direction", "step"], sort=False)
+    return groups.mean().round(3).assign(pictures=groups.size()).reset_index()
 
 
 def other_class(name):
@@ -201,7 +200,7 @@ def other_class(name):
 
 
 def ratio(work):
-    "Consistency_p at every step of consistency guidance 3/2, and of two directions that hold no subject (what chance gives)."
+    "Consistency_p at every step of consistency guidance 3/2, and of a direction that holds no subject: what chance gives."
     teach(work, BOTH, ALL)
     if int(os.environ.get("RANK", 0)): return
     torch.set_num_threads(1)
