@@ -149,19 +149,21 @@ def test_a_fault_of_the_program_is_one_line_too(subject, monkeypatch):
 
 
 def test_demo_compares_the_rules(tmp_path):
+    from parallel_rescale.demo import DEMO_PROMPTS, DEMO_RULES
     folder = tmp_path / "demo"
     arguments = ["demo", "--output", folder, "--subject", "inky_the_octopus", "--num-seeds", 1, "--max-train-steps", 2, *STEPS]
     output = ok(*arguments)
     assert str(folder / "report.md") in output
-    assert {path.name for path in folder.iterdir()} == {"grid.png", "consistency_p.png", "references.png", "report.md", "subject"}
+    figures = {f"{kind}_{place}.png" for kind in ("grid", "references") for place in ("same_place", "varied")}
+    assert {path.name for path in folder.iterdir()} == figures | {"worst.png", "consistency_p.png", "report.md", "same_place", "varied"}
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "<inky>, an octopus" in report and "| max_train_steps | 2 |" in report
-    for name in ("the truth", "CFG 3", "consistency 3/2", "parallel rescaling 3/2", "personalization 3/0"): assert f"| {name} | " in report
-    grid = Image.open(folder / "grid.png")
-    assert grid.width > 5 * 128 and grid.height > len(cli.DEMO_PROMPTS) * 128
+    for name in ("the truth", *(rule.label for rule in DEMO_RULES)): assert report.count(f"| {name} | ") == 2
+    grid = Image.open(folder / "grid_same_place.png")
+    assert grid.width > 6 * 128 and grid.height > len(DEMO_PROMPTS) * 128
     assert "--overwrite" in refused(*arguments)
     ok(*arguments, "--overwrite")
-    assert json.loads(ok("info", folder / "subject", "--json"))["class noun"] == "octopus"
+    for place in ("same_place", "varied"): assert json.loads(ok("info", folder / place, "--json"))["class noun"] == "octopus"
 
 
 def test_a_prompt_without_the_subject_is_warned_of(subject, tmp_path):
