@@ -280,7 +280,7 @@ def comparison_table(table: pd.DataFrame, against: str, metrics=None) -> str:
     return markdown_table([row(rule, part) for rule, part in compare(table, against, metrics).groupby("rule", sort=False)])
 
 # %% ../nbs/10c_analysis.ipynb #c039
-TEXT_AXES = ("text", "style", "clip_text", "siglip_text")
+TEXT_AXES = ("alignment", "style", "clip_text", "siglip_text")
 IDENTITY_AXES = ("identity", "dino", "identity_photo", "clip_image", "siglip_image")
 
 def axes_of(table: pd.DataFrame) -> tuple[str, str] | None:

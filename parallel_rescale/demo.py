@@ -61,7 +61,7 @@ def judged(subject, references, pictures, cells) -> pd.DataFrame:
     who = References(subject, SUBJECTS[subject].cls, tuple(r.image for r in references))
     table = pd.DataFrame(score(JudgeScorer(), pictures, prompts, who))
     asked = pd.DataFrame([dict(seed=seed, prompt=p.text, kind=p.kind) for p, (seed, *_) in zip(prompts, cells)])
-    return pd.concat([asked, table[["background", "style", "text", "identity"]]], axis=1)
+    return pd.concat([asked, table[["background", "style", "alignment", "identity"]]], axis=1)
 
 def summary(table) -> dict:
     "Means of a `judged` table, and how many of its pictures miss the place, the style or the subject (a score below one half)."

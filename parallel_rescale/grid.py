@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PROMPT_FILE', 'PROMPT_SETS', 'PLACES', 'TRUTHS', 'MANIFEST', 'PARTS', 'SCORES', 'prompt_data', 'tinyworld_prompts',
            'prompt_set', 'Case', 'case', 'as_cases', 'named_rules', 'family', 'noise_seed', 'Job', 'plan',
-           'fingerprint', 'Plan', 'make_plan', 'write_atomically', 'read_manifest', 'open_results', 'picture_name',
-           'save_result', 'done_jobs', 'load_scores', 'throughput']
+           'fingerprint', 'Plan', 'check_size', 'make_plan', 'write_atomically', 'read_manifest', 'open_results',
+           'picture_name', 'save_result', 'done_jobs', 'load_scores', 'throughput']
 
 # %% ../nbs/10a_grid.ipynb #c003
-import hashlib, json, os, platform, re
+import hashlib, json, os, platform, re, warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -21,12 +21,13 @@ import torch
 from . import RULES                # all rules are known from here on
 from .guidance import Guidance, label, rule as parse_rule
 from .judge import JUDGE_FILE
-from .metrics import METRICS, Prompt, References, scorer
+from .dco import native_resolution
+from .metrics import METRICS, Prompt, References, _TinyWorld, scorer
 from .style_contrast import reference_prompt
 from .subject import as_references
 from .subject_folder import Subject, installed_versions
 from .tiny import TINY_SDXL
-from .world import BACKGROUNDS, STYLES, SUBJECTS, caption, check_name, reference_set
+from .world import BACKGROUNDS, SIZE, STYLES, SUBJECTS, caption, check_name, reference_set
 
 # %% ../nbs/10a_grid.ipynb #c006
 PROMPT_FILE = Path(__file__).parent / "data" / "prompts.json" if "__file__" in globals() else Path("../parallel_rescale/data/prompts.json").resolve()
@@ -191,6 +192,14 @@ class Plan:
         return json.loads(json.dumps(said))
 
 # %% ../nbs/10a_grid.ipynb #c024
+def check_size(scorer: str, base: str, sampler: dict):
+    "ValueError where TinyWorld's scorers would be shown pictures of another size than TinyWorld's, before one is drawn."
+    if base == TINY_SDXL and not {"height", "width"} & sampler.keys(): return
+    side = native_resolution(base)
+    width, height = sampler.get("width") or side, sampler.get("height") or side
+    if (width, height) != (SIZE, SIZE):
+        raise ValueError(f"scorers: {scorer!r} is TinyWorld's judge and looks at {SIZE}×{SIZE} pictures, and {base} will draw {width}×{height}; use scorers=('clip', 'dino')")
+
 def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4, scorers=("judge",), *, base=None, steps=30,
               height=None, width=None, negative_prompt=None, batch_size=16, images=None, device=None, dtype=None, threads=None) -> Plan:
     "A `Plan` from the arguments of `evaluate.evaluate`, after a look at each."
@@ -208,6 +217,7 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
     dtype = dtype or ("float16" if str(device).startswith("cuda") and base != TINY_SDXL else "float32")
     sampler = dict(num_inference_steps=steps) | {k: v for k, v in dict(height=height, width=width, negative_prompt=negative_prompt).items() if v is not None}
     made = [scorer(s, device) for s in ([scorers] if isinstance(scorers, str) or callable(scorers) else scorers)]
+    if tiny := [s.name for s in made if isinstance(s, _TinyWorld)]: check_size(tiny[0], base, sampler)
     return Plan({c.references.name: c for c in cases}, prompts, rules, seeds, made, base, sampler, batch_size, images, str(device),
                 check_name("dtype", dtype, ("float32", "float16", "bfloat16")), threads or torch.get_num_threads())
 
@@ -238,9 +248,11 @@ def open_results(folder, manifest: dict) -> Path:
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         return folder
     old = read_manifest(folder)
-    differs = [f"{k} {_difference(old.get(k), manifest.get(k))}" for k in {**manifest, **old} if old.get(k) != manifest.get(k)]
+    differs = [f"{k} {_difference(old.get(k), manifest.get(k))}" for k in {**manifest, **old} if old.get(k) != manifest.get(k) and k != "versions"]
     if differs: raise ValueError(f"output: {folder} holds another evaluation, and two are never mixed: {'; '.join(differs)}. "
                                  "Choose another folder, or go on with the same arguments")
+    if old.get("versions") != manifest.get("versions"):
+        warnings.warn(f"{folder} was begun with other versions: they {_difference(old.get('versions'), manifest.get('versions'))}; its pictures may differ a little from the new ones")
     return folder
 
 def _difference(old, new) -> str:

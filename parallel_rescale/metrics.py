@@ -229,7 +229,7 @@ def mean_there(*scores):
     return np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
 
 class JudgeScorer(_TinyWorld):
-    """`style`, `class`, `background`: probabilities of what the prompt asks for (NaN where it asks for none); `text`: the mean of those of
+    """`style`, `class`, `background`: probabilities of what the prompt asks for (NaN where it asks for none); `alignment`: the mean of those of
     style and background; `identity`, `identity_photo`: cosines."""
     name = "judge"
     def __call__(self, images, prompts, references):
@@ -241,7 +241,7 @@ class JudgeScorer(_TinyWorld):
         cls = CLASSES.index(references.class_noun) if references.class_noun in CLASSES else -1
         scores = {"style": probability(seen["style"], asked[:, 0]), "class": probability(seen["cls"], [cls] * len(images)),
                   "background": probability(seen["background"], asked[:, 1])}
-        return scores | {"text": mean_there(scores["style"], scores["background"])} | self.identities(seen["identity"], asked, references)
+        return scores | {"alignment": mean_there(scores["style"], scores["background"])} | self.identities(seen["identity"], asked, references)
 
     def identities(self, embedding, asked, references):
         "The two identity scores; `identity` is NaN for a subject that TinyWorld does not know."
@@ -355,7 +355,7 @@ def separation(better, worse) -> dict:
 SCORERS = {c.name: c for c in (JudgeScorer, OracleScorer, LeakScorer, SharedScorer, ClipScorer, DinoScorer, SiglipScorer)}
 METRICS = {  # what a score is called in figures, and whether more of it is better
     "style": ("style probability", 1), "class": ("class probability", 1), "background": ("background probability", 1),
-    "text": ("text: style and place", 1), "shared_place": ("the references' place", -1), "shared_outfit": ("the references' outfit", -1),
+    "alignment": ("text alignment", 1), "shared_place": ("the references' place", -1), "shared_outfit": ("the references' outfit", -1),
     "identity": ("identity (true renders)", 1), "identity_photo": ("identity (references)", 1), "oracle": ("distance to the truth", -1),
     "leak": ("appearance leak", -1), "leak_photo": ("photo probability", -1), "clip_text": ("CLIP text alignment", 1), "clip_score": ("CLIPScore", 1),
     "clip_image": ("CLIP-I", 1), "dino": ("DINOv2 identity", 1), "siglip_text": ("SigLIP text alignment", 1), "siglip_image": ("SigLIP image similarity", 1)}

@@ -426,18 +426,25 @@ def test_two_manifests_are_never_mixed(whole, cases, change, says):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_other_weights_or_versions_are_another_evaluation(whole, cases, tmp_path):
+def test_other_weights_are_another_evaluation_and_other_versions_a_warning(whole, cases, tmp_path):
     _, folder = whole
     with pytest.raises(ValueError, match="subjects differ in pixel_the_cat"):
         other = replace(cases[0], folder=cases[1].folder)
         open_results(folder, make_plan([other, cases[1]], **{k: v for k, v in SMALL.items() if k != "progress"}, images="png").manifest())
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["versions"]["torch"] = "0.1"
-    with pytest.raises(ValueError, match="torch"): open_results(folder, manifest)
+    with pytest.warns(UserWarning, match="other versions.*torch"): open_results(folder, manifest)
     (tmp_path / "x").mkdir(); (tmp_path / "x" / "diary.txt").write_text("dear diary")
     with pytest.raises(ValueError, match="something else"): open_results(tmp_path / "x", manifest)
     with pytest.raises(ValueError, match="no results folder"): load_scores(tmp_path)
     with pytest.raises(ValueError, match="no picture has been scored"): load_scores(open_results(tmp_path / "new", manifest))
+
+
+def test_tinyworlds_scorers_refuse_other_sizes_before_anything_is_drawn(cases, tmp_path):
+    for scorer in ("judge", "oracle", "leak", "shared"):
+        with pytest.raises(ValueError, match=f"scorers: '{scorer}'.*64×64.*128×64"): make_plan(cases, scorers=scorer, width=128)
+    with pytest.raises(ValueError, match="scorers: 'judge'"): evaluate(cases, height=256, output=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_folders_can_be_read_together(whole, cases, tmp_path):
