@@ -155,7 +155,7 @@ def test_demo_compares_the_rules(tmp_path):
     output = ok(*arguments)
     assert str(folder / "report.md") in output
     figures = {f"{kind}_{place}.png" for kind in ("grid", "references") for place in ("same_place", "varied")}
-    assert {path.name for path in folder.iterdir()} == figures | {"worst.png", "consistency_p.png", "report.md", "same_place", "varied"}
+    assert {path.name for path in folder.iterdir()} == figures | {"grid.png", "worst.png", "consistency_p.png", "report.md", "same_place", "varied"}
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "<inky>, an octopus" in report and "| max_train_steps | 2 |" in report
     for name in ("the truth", *(rule.label for rule in DEMO_RULES)): assert report.count(f"| {name} | ") == 2
