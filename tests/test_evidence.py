@@ -1,5 +1,9 @@
-"What was measured: the recorded tables (11), and the script that makes them."
+"What was measured: the recorded tables (11), the script that makes them, and that the prose says what the tables say."
+import ast
 import importlib.util
+import json
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +14,11 @@ from parallel_rescale import ConsistencyGuidance, RULES
 from parallel_rescale.evidence import RECORDED, recorded
 from parallel_rescale.world import SUBJECTS
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "evidence.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "evidence.py"
 SCORED = [p.stem for p in sorted(RECORDED.glob("*.csv")) if p.stem not in ("ratio", "two_subjects", "failures")]
+CHAPTERS = ["nbs/11_evidence.ipynb", "nbs/11a_family.ipynb", "nbs/index.ipynb"]
+PAPERS_OWN = {"0.6457", "0.6517", "0.6833", "0.6776"}
 
 
 @pytest.fixture
@@ -19,6 +26,7 @@ def evidence(tmp_path, monkeypatch):
     "The script as a module, with one way of training (a single step), one subject, and its tables in a temporary folder."
     spec = importlib.util.spec_from_file_location("evidence_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "evidence_script", module)                     # dataclasses look their module up
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "DATA", tmp_path)
     monkeypatch.setattr(module, "WAYS", {"short": dict(max_train_steps=1)})
@@ -28,35 +36,87 @@ def evidence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SCORED)
 def test_recorded_tables_hold_together(name):
     table = recorded(name, kind=None)
-    assert set(table.kind) == {"photo", "stylised"} and set(table.subject) <= set(SUBJECTS) and set(table.family) - {"truth"} <= set(RULES)
-    assert not table.duplicated(["trained", "subject", "rule", "kind"]).any()
-    cells = table.groupby(["trained", "rule", "kind"]).subject.nunique()
+    families = set(table.family.str.partition(", ")[0])
+    assert set(table.kind) == {"photo", "stylised"} and set(table.subject) <= set(SUBJECTS) and families - {"truth"} <= set(RULES)
+    assert not table.duplicated(["trained", "regime", "subject", "rule", "kind"]).any()
+    cells = table.groupby(["trained", "regime", "rule", "kind"]).subject.nunique()
     assert cells.nunique() == 1 and cells.iloc[0] >= 4                              # every rule was drawn for every subject
     assert table[["style", "class", "background"]].stack().between(0, 1).all() and table.pictures.min() > 0
     assert table.loc[table.kind == "stylised", ["style", "identity", "oracle", "leak"]].notna().all().all()
 
 
 def test_asking_for_what_is_not_there():
-    with pytest.raises(ValueError, match="Did you mean 'family'"): recorded("familly")
-    with pytest.raises(ValueError, match="kind"): recorded("family", "cubist")
+    with pytest.raises(ValueError, match="Did you mean 'regimes'"): recorded("regime")
+    with pytest.raises(ValueError, match="kind"): recorded("regimes", "cubist")
+    with pytest.raises(ValueError, match="trained"): recorded("regimes", trained="by heart")
+
+
+def cells_of(path): return json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+
+
+def shown(outputs):
+    "The texts and tables that a cell shows, by their longest form."
+    bundles = [o.get("data", {}) for o in outputs]
+    return ["".join(b.get("text/markdown", b.get("text/plain", []))) for b in bundles if "image/png" not in b and "image/jpeg" not in b]
+
+
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_numbers_of_the_evidence_stand_in_tables_and_not_in_prose(path):
+    "A measured number is written by a cell that reads it from a recorded table; in prose it could go stale."
+    texts = ["".join(c["source"]) for c in cells_of(path) if c["cell_type"] == "markdown"]
+    if path.endswith("index.ipynb"): texts = [t for t in texts if "measured" in t]
+    found = {n for text in texts for n in re.findall(r"(?<![\w./])[+−-]?\d?\.\d{2,}(?![\d.]*[\w/])", re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv \S+", "", text))}
+    assert found - PAPERS_OWN == set()
+
+
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_recorded_tables_say_what_the_chapters_show(path, monkeypatch):
+    "Runs the cells that read the recorded tables, and compares what they show with what is stored in the chapter."
+    import matplotlib
+    matplotlib.use("Agg")
+    monkeypatch.chdir(ROOT / "nbs")
+    from IPython.display import Markdown
+    said, names = [], dict(display=lambda value: said.append(value), __name__="chapter")
+    compared = 0
+    for cell in cells_of(path):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or path.endswith("index.ipynb") and not re.search("recorded|says", source): continue
+        if re.search(r"^#\|\s*eval:\s*false", source, re.M): continue
+        said.clear()
+        tree = ast.parse(source.replace("notebook_style()", ""))
+        tail = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, path, "exec"), names)
+        if tail is not None: said.append(eval(compile(ast.Expression(tail.value), path, "eval"), names))
+        new = [s.data for s in said if isinstance(s, Markdown)]
+        if new: assert new == [text for text in shown(cell["outputs"]) if text], (path, cell["id"])
+        compared += len(new)
+    assert compared >= (1 if path.endswith("index.ipynb") else 5)
 
 
 def test_the_experiments_are_well_formed(evidence):
     from parallel_rescale.grid import named_rules
-    for name, (ways, names, rules, seeds, steps) in evidence.EXPERIMENTS.items():
-        made = rules()
-        labels = named_rules(made if isinstance(made, dict) else ["truth", *made])
-        assert len(labels) >= 3 and set(names) <= set(SUBJECTS) and seeds >= 1 and steps >= 20, name
-    assert set(Counter(rule.name for rule in evidence.family()).values()) == {5}    # areas are compared between as many settings
+    for name, e in evidence.EXPERIMENTS.items():
+        assert len(named_rules(e.rules())) >= 3 and set(e.names) <= set(SUBJECTS) and e.steps >= 20, name
+        assert all(evidence.split(way)[1] in evidence.SETS for way in e.ways), name
+    counts = Counter(rule.name for rule in evidence.regimes().values() if rule != "truth")
+    assert {n for f, n in counts.items() if f not in ("consistency", "parallel_rescale")} == {3}    # areas are compared between as many settings
+
+
+def test_references_of_a_way_share_what_its_name_says(evidence):
+    same, named, outfit = (evidence.references_of("mocha_the_cup", f"short; {s}") for s in ("same place", "same place, named", "same outfit, named"))
+    assert {c for _, c in same} == {"a photo of a {subject}"} and all("brick wall" in c for _, c in named) and all("wearing a hat" in c for _, c in outfit)
+    assert evidence.split("dco; same place, city") == ("dco", "same place, city") and evidence.split("dco") == ("dco", "varied")
 
 
 def test_an_experiment_from_teaching_to_its_table(evidence, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "EXPERIMENTS", {"small": (["short"], ["pixel_the_cat"], lambda: [ConsistencyGuidance(3., 2.)], 1, 2)})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"small": evidence.Experiment(["short; same place"], ["pixel_the_cat"], lambda: [ConsistencyGuidance(3., 2.)], steps=2)})
     evidence.run(tmp_path / "work", "small")
     table = pd.read_csv(tmp_path / "small.csv")
-    assert table.pictures.sum() == 40 and set(table.rule) == {"true renders", "consistency 3/2"} and set(table.trained) == {"short"}
-    monkeypatch.setattr(evidence, "THREE", ["short"])
-    monkeypatch.setattr(evidence, "EIGHT", ["pixel_the_cat"])
+    assert table.pictures.sum() == 10 and set(table.rule) == {"consistency 3/2"} and set(table.trained) == {"short"} and set(table.regime) == {"same place"}
+    assert table.shared_place.between(0, 1).all()
+    monkeypatch.setattr(evidence, "BOTH", ["short; varied"])
+    monkeypatch.setattr(evidence, "ALL", ["pixel_the_cat", "mocha_the_cup"])
     evidence.ratio(tmp_path / "work")
     ratio = pd.read_csv(tmp_path / "ratio.csv")
-    assert len(ratio) == 2 * 20 and ratio.parallel_share.between(0, 1).all() and ratio.cosine.between(-1, 1).all()
+    assert len(ratio) == 2 * 2 * 2 * 20 and ratio.parallel_share.between(0, 1).all() and ratio.cosine.between(-1, 1).all()
+    assert set(ratio.direction) == {"subject", "another class"}
