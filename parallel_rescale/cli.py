@@ -96,12 +96,12 @@ def load_pipeline(subject,      # a saved subject's folder
     from parallel_rescale import Subject, SubjectPipeline, TINY_SDXL
     from parallel_rescale.world import check_name
     from parallel_rescale.adapters import unet_config
+    from parallel_rescale.tiny import default_device
     subject = Subject.load(subject)
     base = str(base or subject.base)
     unet_config(base)                                                          # one clear error where it is no SDXL model
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(device).startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device: {device} is not available here; expected cpu")
-    half = "float16" if str(device).startswith("cuda") and base != TINY_SDXL else "float32"
+    device = default_device(device)
+    half = "float16" if device.startswith("cuda") and base != TINY_SDXL else "float32"
     dtype = getattr(torch, check_name("dtype", dtype or half, _DTYPES))
     pipe = SubjectPipeline.from_pretrained(base, torch_dtype=dtype, add_watermarker=False)
     return pipe.load_subject(subject.folder).to(device)

@@ -23,7 +23,7 @@ from .guidance import CFG, ConsistencyGuidance, ParallelRescale
 from .metrics import JudgeScorer, Prompt, References, score
 from .plot import image_grid, plot_ratio
 from .subject import as_references, reference_table
-from .tiny import TINY_SDXL
+from .tiny import TINY_SDXL, default_device
 from .world import SUBJECTS, caption, check_name, random_pose, reference_set, render, with_article
 
 # %% ../nbs/11b_demo.ipynb #d005
@@ -180,7 +180,6 @@ def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_trai
     "Teach the embedded model a subject from references in one place and in four, draw, judge and report; the files are in `folder`."
     folder, cells, started = Path(folder), demo_cells(seeds), time.perf_counter()
     drawn, tables, times, grids = {}, {}, {}, {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for number, (name, regime) in enumerate(DEMO_SETS.items(), 1):
         file, references = name.replace(" ", "_"), as_references(reference_set(subject, "{subject}", **regime))
         say(f"{number}/3 references: {name}. Teaching {demo_names(subject)[0]}, then {len(cells)} pictures with each of {len(DEMO_RULES)} rules")
@@ -188,7 +187,7 @@ def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_trai
         begun = time.perf_counter()
         saved = teach(subject, folder / file, references, min(seeds), max_train_steps, overwrite)
         taught = time.perf_counter()
-        drawn[name], records = draw_rules(load_pipeline(TINY_SDXL, device, "float32").load_subject(saved.folder), cells, steps)
+        drawn[name], records = draw_rules(load_pipeline(TINY_SDXL, default_device(), "float32").load_subject(saved.folder), cells, steps)
         times[name] = f"{taught - begun:.0f} s of fine-tuning, {time.perf_counter() - taught:.0f} s of drawing"
         drawn[name]["the truth"] = [Image.fromarray(truth(subject, style, background, s)) for s, style, background in cells]
         tables[name] = {rule: judged(subject, references, pictures, cells) for rule, pictures in drawn[name].items()}

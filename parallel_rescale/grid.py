@@ -26,7 +26,7 @@ from .metrics import METRICS, Prompt, References, _TinyWorld, scorer
 from .style_contrast import reference_prompt
 from .subject import as_references
 from .subject_folder import Subject, installed_versions
-from .tiny import TINY_SDXL
+from .tiny import TINY_SDXL, default_device
 from .world import BACKGROUNDS, SIZE, STYLES, SUBJECTS, caption, check_name, reference_set
 
 # %% ../nbs/10a_grid.ipynb #c006
@@ -211,7 +211,7 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
     if images is not None: check_name("images", images, ("png", "webp"))
     bases = {Subject.load(c.folder).base for c in cases}
     if base is None and len(bases) > 1: raise ValueError(f"base: the subjects were made for different models, {sorted(bases)}; evaluate them apart, or name one")
-    base, device = str(base or bases.pop()), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base, device = str(base or bases.pop()), default_device(device)
     rules, prompts = named_rules(rules), prompt_set(prompts)
     for c in cases if any(isinstance(r, str) for r in rules.values()) else []: check_name("TinyWorld subject (for the truth)", c.references.name, SUBJECTS)
     dtype = dtype or ("float16" if str(device).startswith("cuda") and base != TINY_SDXL else "float32")
