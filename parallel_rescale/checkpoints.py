@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'LOG', 'SETTINGS', 'OWN_FILES', 'step_generator', 'optimizer_state', 'load_optimizer_state',
-           'write_json', 'write_checkpoint', 'checkpoints', 'read_state', 'restore', 'find_checkpoint', 'append_log',
-           'training_log', 'cut_log', 'check_output', 'clear_output', 'interruptible']
+           'write_json', 'write_checkpoint', 'checkpoints', 'read_state', 'restore', 'warn_about_versions',
+           'find_checkpoint', 'append_log', 'training_log', 'cut_log', 'check_output', 'clear_output', 'interruptible']
 
 # %% ../nbs/08c_checkpoints.ipynb #c003
-import json, os, shutil, signal, threading
+import json, os, shutil, signal, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from .subject_folder import installed_versions, share
 
 # %% ../nbs/08c_checkpoints.ipynb #c008
 def step_generator(*numbers):
@@ -63,8 +65,9 @@ def write_checkpoint(
     part.mkdir(parents=True)
     write_subject(part)
     tensors, values = optimizer_state(optimizer)
-    save_file(tensors, part/'optimizer.safetensors')
-    write_json(part/'state.json', dict(step=step, settings=settings, optimizer=values, lr_scheduler=lr_scheduler.state_dict(), scaler=scaler.state_dict()))
+    save_file(tensors, part/'optimizer.safetensors'); share(part/'optimizer.safetensors')
+    write_json(part/'state.json', dict(step=step, settings=settings, versions=installed_versions(), optimizer=values,
+                                       lr_scheduler=lr_scheduler.state_dict(), scaler=scaler.state_dict()))
     os.replace(part, folder)
     for old in checkpoints(output)[:-limit] if limit else (): shutil.rmtree(old)
     return folder
@@ -88,6 +91,15 @@ def restore(folder, parts):
     for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()): group['lr'] = lr    # the schedule knows it, the optimizer would start anew
     if state['scaler']: scaler.load_state_dict(state['scaler'])
     return state['step']
+
+# %% ../nbs/08c_checkpoints.ipynb #c102
+def warn_about_versions(folder, now=None):
+    "Warn, with both versions, of each package that is another one (`now`: by name; default: the installed) than when a checkpoint was made."
+    then, now = read_state(folder).get('versions', {}), installed_versions() if now is None else now
+    changed = [f"{name} {old} → {now.get(name, 'none')}" for name, old in then.items() if now.get(name) != old]
+    if changed:
+        warnings.warn(f"{Path(folder).name} was made with other versions ({', '.join(changed)}): the run goes on, "
+                      "but its last digits may differ from those of an uninterrupted one", stacklevel=2)
 
 # %% ../nbs/08c_checkpoints.ipynb #c022
 def find_checkpoint(output, asked):

@@ -5,40 +5,44 @@
 # %% auto #0
 __all__ = ['LOSSES', 'RANDOM_CROPS', 'FREE_ON_RESUME', 'CUTS', 'NOTED', 'SAMPLE_STEPS', 'SAMPLE_PROMPTS', 'dreambooth_loss',
            'dco_loss', 'min_snr_weight', 'is_small', 'half_precision', 'recommended', 'native_resolution', 'cut',
-           'encode_images', 'sample_latents', 'cache_data', 'draw', 'make_batch', 'predict', 'theta_and_phi', 'mse',
-           'Run', 'subject_text', 'snr_weight', 'loss_of', 'prior_loss', 'micro_batches', 'autocast',
-           'average_gradients', 'mean_logs', 'check_step', 'make_optimizer', 'train_step', 'check_settings',
-           'check_combinations', 'resolve', 'load_run', 'class_pictures', 'warn_about_length', 'cache', 'set_aside',
-           'prepare', 'saved_settings', 'save_run', 'save_checkpoint', 'load_checkpoint', 'both_prompts',
-           'sample_pictures', 'everything_on_device', 'log_pictures', 'validate', 'save_samples', 'saved_as',
-           'after_step', 'train', 'finish', 'fingerprint', 'samples_a_step', 'checkpoint_of', 'prepare_output',
-           'gather', 'finetune', 'prepared_run']
+           'picture_name', 'encode_images', 'sample_latents', 'cache_data', 'draw', 'make_batch', 'predict',
+           'theta_and_phi', 'mse', 'Run', 'subject_text', 'snr_weight', 'loss_of', 'prior_loss', 'micro_batches',
+           'deal', 'autocast', 'average_gradients', 'read_logs', 'check_step', 'make_optimizer', 'forward_and_backward',
+           'train_step', 'check_settings', 'check_combinations', 'resolve', 'load_run', 'class_pictures',
+           'warn_about_length', 'cache', 'set_aside', 'prepare', 'saved_settings', 'save_run', 'save_checkpoint',
+           'load_checkpoint', 'both_prompts', 'sample_pictures', 'everything_on_device', 'log_pictures', 'validate',
+           'save_samples', 'saved_as', 'after_step', 'anyone', 'train', 'finish', 'fingerprint', 'samples_a_step',
+           'checkpoint_of', 'prepare_output', 'gather', 'finetune', 'prepared_run']
 
 # %% ../nbs/09_dco.ipynb #c003
 import hashlib, importlib.util, inspect, json, math, os, shutil, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch, torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.optimization import SchedulerType, get_scheduler
 from tqdm.auto import tqdm
 
 from .adapters import (
-    ATTENTION, DTYPES, EVERYTHING, add_lora, add_token, check_words, embed, flatten, load_adapter, load_base, mean_norm, rescale_row, rows_of, unet_config)
+    ATTENTION, DTYPES, EVERYTHING, add_lora, add_token, check_words, decode, embed, encode, flatten, load_adapter, load_base, mean_norm, rescale_row, rows_of,
+    to_device, unet_config, vae_config)
 from .checkpoints import (
     CHECKPOINT, SETTINGS, append_log, check_output, clear_output, cut_log, find_checkpoint, interruptible, read_state, restore, step_generator, training_log,
-    write_checkpoint, write_json)
+    warn_about_versions, write_checkpoint, write_json)
 from .denoiser import PromptEmbeds, adapter_rows, encode_prompts, guided
 from .guidance import CFG, ParallelRescale, label
 from .plot import image_grid
 from .subject import CROPS, DEFAULT_CAPTION, as_references, crop_square, image_files, open_image
 from .subject_folder import (
-    LORA_FILE, Subject, base_prompt, base_signature, derive_base, load_tokens, pool_at_eos, save_adapter, save_tokens, subject_prompt)
+    LORA_FILE, Subject, base_prompt, base_signature, check_torchao, derive_base, load_tokens, pool_at_eos, save_adapter, save_tokens, subject_prompt)
 from .tiny import TINY_SDXL
 from .world import check_name
 
@@ -77,25 +81,24 @@ def is_small(unet_config):
 
 # %% ../nbs/09_dco.ipynb #c019
 def half_precision():
-    "The half precision that this machine computes fast: 'bf16', 'fp16', or 'no'."
+    "The half precision that this machine computes fast: 'bf16', 'fp16' (cards before Ampere only emulate bf16, several times slower), or 'no'."
     if not torch.cuda.is_available(): return 'no'
-    return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
+    return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
 # %% ../nbs/09_dco.ipynb #c020
-def recommended(base=TINY_SDXL):
+def recommended(base=TINY_SDXL, revision=None):
     "What `finetune` takes for arguments left None, by the size of the base model; for SDXL these are the DCO authors' values."
-    small = is_small(unet_config(base))
+    small = is_small(unet_config(base, revision))
     if small: return dict(rank=8, target_modules=EVERYTHING, learning_rate=1e-3, text_encoder_lr=1e-3, beta=100.0,
                           max_train_steps=200, train_batch_size=4, gradient_checkpointing=False, mixed_precision='no')
     return dict(rank=32, target_modules=ATTENTION, learning_rate=5e-5, text_encoder_lr=5e-6, beta=1000.0,
                 max_train_steps=1000, train_batch_size=1, gradient_checkpointing=True, mixed_precision=half_precision())
 
 # %% ../nbs/09_dco.ipynb #c022
-def native_resolution(base, config=None):
+def native_resolution(base, config=None, revision=None):
     "The side in pixels of the pictures a base model was made for."
-    from diffusers import AutoencoderKL
-    levels = len(AutoencoderKL.load_config(base, subfolder='vae')['block_out_channels'])
-    return (config or unet_config(base))['sample_size'] * 2 ** (levels - 1)
+    levels = len(vae_config(base, revision)['block_out_channels'])
+    return (config or unet_config(base, revision))['sample_size'] * 2 ** (levels - 1)
 
 # %% ../nbs/09_dco.ipynb #c025
 RANDOM_CROPS = 8         # cuts of each picture that are encoded, where crop='random'
@@ -112,14 +115,16 @@ def cut(references, resolution, crop='center', seed=0):
     return pictures, torch.tensor(ids, dtype=torch.float32), torch.tensor(source)
 
 # %% ../nbs/09_dco.ipynb #c026
-@torch.no_grad()
-def encode_images(vae, pictures):
-    "Mean and standard deviation of the VAE's posterior of each picture, [N, 2, C, h, w] in float32, on the CPU."
+def picture_name(number, reference, kind='picture'):
+    "What an error calls a picture: its number from 1, and its file or caption."
+    return f"{kind} {number + 1} ({reference.path or repr(reference.caption)})"
+
+def encode_images(vae, pictures, names=None):
+    "Mean and standard deviation of the VAE's posterior of each picture, [N, 2, C, h, w] in float32, on the CPU; ValueError naming one that is not finite."
     out = []
-    for picture in pictures:                                                 # one by one: large pictures, small memory, once
+    for n, picture in enumerate(pictures):                                   # one by one: large pictures, small memory, once
         x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
-        posterior = vae.encode(x.to(vae.device, vae.dtype)).latent_dist
-        out.append(torch.stack([posterior.mean, posterior.std], 1).float().cpu())
+        out.append(encode(vae, x, names[n] if names else f"picture {n + 1}").cpu())
     return torch.cat(out)
 
 # %% ../nbs/09_dco.ipynb #c027
@@ -129,10 +134,11 @@ def sample_latents(moments, noise, vae_config):
     return (mean + std * noise - (getattr(vae_config, 'shift_factor', None) or 0)) * vae_config.scaling_factor
 
 # %% ../nbs/09_dco.ipynb #c030
-def cache_data(pipe, references, resolution, crop, seed):
+def cache_data(pipe, references, resolution, crop, seed, kind='picture'):
     "Everything about pictures that does not change in training: posterior moments, time ids, and which reference each cut is of."
     pictures, ids, source = cut(references, resolution, crop, seed)
-    return SimpleNamespace(moments=encode_images(pipe.vae, pictures), time_ids=ids, source=source)
+    names = [picture_name(n, references[n], kind) for n in source.tolist()]
+    return SimpleNamespace(moments=encode_images(pipe.vae, pictures, names), time_ids=ids, source=source)
 
 # %% ../nbs/09_dco.ipynb #c031
 def draw(n_pictures, shape, n, timesteps, *seed):
@@ -143,13 +149,15 @@ def draw(n_pictures, shape, n, timesteps, *seed):
 
 # %% ../nbs/09_dco.ipynb #c032
 def make_batch(data, vae_config, scheduler, n, seed, rows=slice(None), device='cpu'):
-    "The noisy latents of a step, all `n` samples or the `rows` of them: a namespace of x_t, t, target, time_ids and source."
+    """The noisy latents of a step, all `n` samples or the `rows` of them: a namespace of x_t, t, snr (ᾱ/(1−ᾱ) at t), target, time_ids, source,
+    and `numbers`, the source as whole numbers, which nobody has to fetch from the device."""
     which, t, eps_vae, noise = (v[rows] for v in draw(len(data.moments), data.moments.shape[2:], n, scheduler.config.num_train_timesteps, *seed))
     clean = sample_latents(data.moments[which], eps_vae, vae_config)
     velocity = scheduler.config.prediction_type == 'v_prediction'
     target = scheduler.get_velocity(clean, noise, t) if velocity else noise
-    batch = dict(x_t=scheduler.add_noise(clean, noise, t), t=t, target=target, time_ids=data.time_ids[which], source=data.source[which])
-    return SimpleNamespace(**{k: v.to(device) for k, v in batch.items()})
+    alpha, source = scheduler.alphas_cumprod[t], data.source[which]
+    batch = dict(x_t=scheduler.add_noise(clean, noise, t), t=t, snr=alpha / (1 - alpha), target=target, time_ids=data.time_ids[which], source=source)
+    return SimpleNamespace(**{k: to_device(v, device) for k, v in batch.items()}, numbers=source.tolist())
 
 # %% ../nbs/09_dco.ipynb #c035
 def predict(unet, x_t, t, text, time_ids):
@@ -192,6 +200,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     scaler: torch.amp.GradScaler | None = None
+    ahead: dict = field(default_factory=dict)    # step → its batches, drawn while the device was still at the step before
 
     @property
     def trained(self): return [p for group in self.params for p in group['params']]
@@ -200,31 +209,31 @@ class Run:
     def parts(self): return self.optimizer, self.lr_scheduler, self.scaler
 
 # %% ../nbs/09_dco.ipynb #c042
-def subject_text(run, numbers):
-    "Prompt embeddings of the subject captions of the references `numbers` [B]: cached, or computed anew where the token is learned."
-    if run.text.subject is not None: return rows_of(run.text.subject, numbers)
-    numbers, index = numbers.unique(return_inverse=True)                     # each caption once
-    captions = [subject_prompt(run.references[i].caption, run.settings.token) for i in numbers.tolist()]
-    return rows_of(embed(run.pipe, captions), index)
+def subject_text(run, batch):
+    "Prompt embeddings of the subject captions of a batch: cached, or computed anew where the token is learned."
+    if run.text.subject is not None: return rows_of(run.text.subject, batch.source)
+    numbers = sorted(set(batch.numbers))                                     # each caption once
+    captions = [subject_prompt(run.references[i].caption, run.settings.token) for i in numbers]
+    index = torch.tensor([numbers.index(i) for i in batch.numbers])
+    return rows_of(embed(run.pipe, captions), to_device(index, batch.t.device))
 
 # %% ../nbs/09_dco.ipynb #c043
-def snr_weight(run, t):
-    "Min-SNR weights [B] of timesteps [B], or None where `snr_gamma` is not given."
+def snr_weight(run, batch):
+    "Min-SNR weights [B] of a batch, or None where `snr_gamma` is not given."
     if run.settings.snr_gamma is None: return None
-    alpha = run.noise_scheduler.alphas_cumprod.to(t.device)[t]
-    return min_snr_weight(alpha / (1 - alpha), run.settings.snr_gamma, run.noise_scheduler.config.prediction_type)
+    return min_snr_weight(batch.snr, run.settings.snr_gamma, run.noise_scheduler.config.prediction_type)
 
 # %% ../nbs/09_dco.ipynb #c044
 def loss_of(run, batch):
     "The loss of one batch and what to log of it: mean squared errors, and for DCO the share of samples whose lead over φ is not yet enough."
-    s, unet, subject = run.settings, run.pipe.unet, subject_text(run, batch.source)
+    s, unet, subject = run.settings, run.pipe.unet, subject_text(run, batch)
     if s.loss == 'dco':
         theta, phi = theta_and_phi(unet, batch, subject, rows_of(run.text.base, batch.source), s.batched)
         model, reference = mse(theta, batch.target), mse(phi, batch.target)
         log = dict(mse=model.mean(), mse_reference=reference.mean(), unsaturated=torch.sigmoid(s.beta * (model - reference)).mean())
         return dco_loss(model, reference, s.beta), log
     model = mse(predict(unet, batch.x_t, batch.t, subject, batch.time_ids), batch.target)
-    return dreambooth_loss(model, snr_weight(run, batch.t)), dict(mse=model.mean())
+    return dreambooth_loss(model, snr_weight(run, batch)), dict(mse=model.mean())
 
 # %% ../nbs/09_dco.ipynb #c045
 def prior_loss(run, batch):
@@ -243,6 +252,11 @@ def micro_batches(run, data, step, purpose=0):
         yield make_batch(data, run.pipe.vae.config, run.noise_scheduler, n * parts * s.gradient_accumulation_steps, (s.seed, step, purpose),
                          slice(first, first + n), run.accelerator.device)
 
+def deal(run, step):
+    "This process's batches of a step, each with one of the class for prior preservation, or None."
+    prior = micro_batches(run, run.prior, step, 1) if run.prior else repeat(None)
+    return list(zip(micro_batches(run, run.data, step), prior))
+
 # %% ../nbs/09_dco.ipynb #c048
 def autocast(run):
     "The computing precision of a run, as a context."
@@ -255,19 +269,20 @@ def average_gradients(run):
         for p in run.trained: p.grad.copy_(run.accelerator.reduce(p.grad.clone(), 'mean'))
 
 # %% ../nbs/09_dco.ipynb #c050
-def mean_logs(run, logs):
-    "Mean of each logged number over micro-batches and processes."
+def read_logs(run, logs, norm):
+    "The logged numbers, means over micro-batches and processes, and the gradient's norm: the one moment of a step that waits for the device."
     values = torch.stack([torch.stack([log[k].float() for log in logs]).mean() for k in logs[0]])
-    if run.accelerator.num_processes > 1: values = run.accelerator.reduce(values, 'mean')
-    return dict(zip(logs[0], values.tolist()))
+    if run.accelerator.num_processes > 1: values = run.accelerator.reduce(values, 'mean')    # a NaN of one process becomes one of all
+    *values, norm = torch.cat([values, norm.float()[None]]).tolist()
+    return dict(zip(logs[0], values)), norm
 
 # %% ../nbs/09_dco.ipynb #c051
 def check_step(run, step, logs, norm):
     "FloatingPointError naming the step where a number is not finite; in fp16 a gradient may overflow now and then (the scaler then skips the step)."
     bad = [k for k, v in logs.items() if not math.isfinite(v)]
     if bad: raise FloatingPointError(f"step {step + 1}: {', '.join(bad)} is not finite; the weights are those of step {step}")
-    overflow = run.settings.mixed_precision == 'fp16' and run.scaler.get_scale() > 1e-3
-    if not overflow and not norm.isfinite(): raise FloatingPointError(f"step {step + 1}: the gradient is not finite; the weights are those of step {step}")
+    if math.isfinite(norm) or run.settings.mixed_precision == 'fp16' and run.scaler.get_scale() > 1e-3: return
+    raise FloatingPointError(f"step {step + 1}: the gradient is not finite; the weights are those of step {step}")
 
 # %% ../nbs/09_dco.ipynb #c052
 def make_optimizer(params, use_8bit_adam=False):
@@ -277,20 +292,26 @@ def make_optimizer(params, use_8bit_adam=False):
     return bitsandbytes.optim.AdamW8bit(params, weight_decay=1e-4)
 
 # %% ../nbs/09_dco.ipynb #c053
-def train_step(run, step):
-    "One step of the optimizer; the numbers to log. FloatingPointError, before any weight has changed, where the loss or its gradient is not finite."
+def forward_and_backward(run, batches):
+    "Losses and gradients of a step's batches; what to log of each, still on the device."
     s, logs = run.settings, []
-    prior = micro_batches(run, run.prior, step, 1) if run.prior else None
-    for batch in micro_batches(run, run.data, step):
+    for batch, prior in batches:
         with autocast(run):
             loss, log = loss_of(run, batch)
-            if prior: log['prior'] = prior_loss(run, next(prior)); loss = loss + s.prior_loss_weight * log['prior']
+            if prior: log['prior'] = prior_loss(run, prior); loss = loss + s.prior_loss_weight * log['prior']
         logs.append(dict(loss=loss.detach(), **{k: v.detach() for k, v in log.items()}))
         run.scaler.scale(loss / s.gradient_accumulation_steps).backward()
+    return logs
+
+def train_step(run, step):
+    "One step of the optimizer; the numbers to log. FloatingPointError, before any weight has changed, where the loss or its gradient is not finite."
+    s = run.settings
+    logs = forward_and_backward(run, run.ahead.pop(step, None) or deal(run, step))
     average_gradients(run)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.trained, s.max_grad_norm)
-    logs = mean_logs(run, logs)
+    run.ahead = {step + 1: deal(run, step + 1)}                              # while the device is at work
+    logs, norm = read_logs(run, logs, norm)
     check_step(run, step, logs, norm)
     run.scaler.step(run.optimizer); run.scaler.update(); run.lr_scheduler.step(); run.optimizer.zero_grad(set_to_none=False)
     if s.train_text_encoder_ti:
@@ -321,6 +342,7 @@ def check_combinations(s):
     "ValueError where a setting could not act beside the others, or the library for it is missing."
     if s.token == s.class_noun: raise ValueError(f"token={s.token!r}: is the class noun itself; take a new word such as '<{s.token}>'")
     if not s.class_noun or not str(s.class_noun).strip(): raise ValueError(f"class_noun={s.class_noun!r}: expected a noun such as 'dog'")
+    if s.rank: check_torchao()
     if not s.rank and not s.train_text_encoder_ti: raise ValueError("rank=0 and train_text_encoder_ti=False: nothing is left to train")
     if s.loss == 'dco' and s.snr_gamma is not None: raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
     if s.loss == 'dco' and s.prior_loss_weight: raise ValueError("prior_loss_weight: belongs to the dreambooth loss; DCO keeps the prior by itself")
@@ -339,26 +361,27 @@ def check_combinations(s):
 def resolve(settings):
     "Settings with the recommended value for each that is None, checked."
     s = SimpleNamespace(**settings)
-    config = unet_config(s.base)
+    config = unet_config(s.base, s.revision)
     if s.text_encoder_lr is not None and not s.train_text_encoder_ti: raise ValueError("text_encoder_lr: does nothing without train_text_encoder_ti=True")
     if s.beta is not None and s.loss == 'dreambooth': raise ValueError("beta: belongs to the dco loss; dreambooth has none")
-    for name, value in recommended(s.base).items():
+    for name, value in recommended(s.base, s.revision).items():
         if getattr(s, name) is None: setattr(s, name, value)
     if s.loss == 'dreambooth': s.beta = None
     if not s.train_text_encoder_ti: s.text_encoder_lr = None
-    if s.resolution is None: s.resolution = native_resolution(s.base, config)
+    if s.resolution is None: s.resolution = native_resolution(s.base, config, s.revision)
     if isinstance(s.validation_prompt, str): s.validation_prompt = [s.validation_prompt]
-    for name in ('base', 'output', 'class_data_dir', 'resume_from_checkpoint'):
+    for name in ('base', 'vae', 'output', 'class_data_dir', 'resume_from_checkpoint'):
         if isinstance(getattr(s, name), Path): setattr(s, name, str(getattr(s, name)))
     s.target_modules = list(s.target_modules)
+    vae_config(s.base, s.revision, s.vae)                                    # does it fit?
     check_settings(s)
     return s
 
 # %% ../nbs/09_dco.ipynb #c059
 def load_run(references, s, accelerator):
     "Load the base model, teach its text encoders the token and give its UNet a LoRA."
-    check_words(s.base, s.token, s.class_noun)
-    pipe = load_base(s.base, s.mixed_precision, accelerator.device)
+    check_words(s.base, s.token, s.class_noun, s.revision)
+    pipe = load_base(s.base, s.mixed_precision, accelerator.device, s.variant, s.revision, s.vae)
     encoders = dict(clip_l=(pipe.tokenizer, pipe.text_encoder), clip_g=(pipe.tokenizer_2, pipe.text_encoder_2))
     norms = tuple(mean_norm(encoder.get_input_embeddings().weight) for _, encoder in encoders.values())
     rows = {key: add_token(*pair, s.token, s.class_noun) for key, pair in encoders.items()}
@@ -371,15 +394,16 @@ def load_run(references, s, accelerator):
 
 # %% ../nbs/09_dco.ipynb #c060
 def class_pictures(run):
-    "Pictures of the class for prior preservation: those of `class_data_dir`, or made by the base model under output/class_images."
+    "Pictures of the class for prior preservation: those of `class_data_dir`, or made by the base model under output/class_images, by all processes together."
     s = run.settings
     if s.class_data_dir: return [open_image(p) for p in image_files(s.class_data_dir)]
-    folder, prompt = Path(s.output)/'class_images', base_prompt(DEFAULT_CAPTION, s.class_noun)
+    folder, prompt, rank = Path(s.output)/'class_images', base_prompt(DEFAULT_CAPTION, s.class_noun), run.accelerator.process_index
     files = [folder/f"{n:03d}.png" for n in range(s.num_class_images)]
-    if run.accelerator.is_main_process:
-        folder.mkdir(exist_ok=True)
-        for n, file in enumerate(files):
-            if not file.exists(): sample_pictures(run, [prompt], CFG(5.0, adapter=0.0), seed=s.seed + 10_000 + n)[0].save(file)
+    folder.mkdir(exist_ok=True)
+    for n in range(rank, len(files), run.accelerator.num_processes):         # each picture has its own seed: who draws it does not matter
+        if files[n].exists(): continue
+        picture, part = sample_pictures(run, [prompt], CFG(5.0, adapter=0.0), seed=s.seed + 10_000 + n)[0], folder/f".{files[n].name}"
+        picture.save(part); os.replace(part, files[n])                       # whole or not there
     run.accelerator.wait_for_everyone()
     return [open_image(file) for file in files]
 
@@ -397,10 +421,11 @@ def cache(run):
     s, pipe, captions = run.settings, run.pipe, [r.caption for r in run.references]
     warn_about_length(pipe.tokenizer, captions, s.token)
     run.data = cache_data(pipe, run.references, s.resolution, s.crop, s.seed)
-    subject = None if s.train_text_encoder_ti else embed(pipe, [subject_prompt(c, s.token) for c in captions])
-    run.text = SimpleNamespace(subject=subject, base=embed(pipe, [base_prompt(c, s.class_noun) for c in captions]), noun=embed(pipe, [base_prompt(DEFAULT_CAPTION, s.class_noun)]))
+    with autocast(run):                                                      # as in a step, where a learned token's captions are encoded
+        subject = None if s.train_text_encoder_ti else embed(pipe, [subject_prompt(c, s.token) for c in captions])
+        run.text = SimpleNamespace(subject=subject, base=embed(pipe, [base_prompt(c, s.class_noun) for c in captions]), noun=embed(pipe, [base_prompt(DEFAULT_CAPTION, s.class_noun)]))
     if s.prior_loss_weight:
-        run.prior = cache_data(pipe, as_references(class_pictures(run)), s.resolution, 'center', s.seed)
+        run.prior = cache_data(pipe, as_references(class_pictures(run)), s.resolution, 'center', s.seed, 'class picture')
 
 # %% ../nbs/09_dco.ipynb #c063
 def set_aside(run):
@@ -413,7 +438,7 @@ def set_aside(run):
 def prepare(run):
     "Encode pictures and captions once, set aside what training does not use, make optimizer and schedule."
     s = run.settings
-    with autocast(run): cache(run)
+    cache(run)
     set_aside(run)
     run.optimizer = make_optimizer(run.params, s.use_8bit_adam)
     run.lr_scheduler = get_scheduler(s.lr_scheduler, run.optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=s.max_train_steps)
@@ -468,13 +493,13 @@ SAMPLE_STEPS, SAMPLE_PROMPTS = 20, ('a photo of a {subject}', 'a watercolor pain
 def sample_pictures(run, prompts, rule, seed=0):
     "A picture for each prompt under a guidance rule, with the weights as they are; each from its own seed, whatever its neighbours."
     pipe, s, out = run.pipe, run.settings, []
-    if pipe.vae.dtype != pipe.unet.conv_in.weight.dtype: pipe.vae.to(pipe.unet.conv_in.weight.dtype)
     for number, prompt in enumerate(prompts):
         subject, base = both_prompts(prompt, s)
         text = encode_prompts(pipe, dict(null=None, base=base, subject=subject))
         with guided(pipe.unet, rule, text, scheduler=pipe.scheduler, tokens_only=not s.rank):
-            out += pipe(prompt_embeds=text['subject'].hidden, pooled_prompt_embeds=text['subject'].pooled, guidance_scale=1.0, num_inference_steps=SAMPLE_STEPS,
-                        height=s.resolution, width=s.resolution, generator=torch.Generator().manual_seed(seed + number)).images
+            latents = pipe(prompt_embeds=text['subject'].hidden, pooled_prompt_embeds=text['subject'].pooled, guidance_scale=1.0, num_inference_steps=SAMPLE_STEPS,
+                           height=s.resolution, width=s.resolution, generator=torch.Generator().manual_seed(seed + number), output_type='latent').images
+        out += pipe.image_processor.postprocess(decode(pipe.vae, latents), output_type='pil')
     return out
 
 # %% ../nbs/09_dco.ipynb #c071
@@ -534,6 +559,11 @@ def after_step(run, step, logs, bar):
     if s.validation_steps and step % s.validation_steps == 0: validate(run, step)
 
 # %% ../nbs/09_dco.ipynb #c078
+def anyone(run, flag):
+    "Whether `flag` is set in any process, so that all of them leave on the same step."
+    if run.accelerator.num_processes == 1: return flag
+    return run.accelerator.reduce(torch.tensor(float(flag), device=run.accelerator.device), 'sum').item() > 0
+
 def train(run, first=0):
     "Take the steps from `first` on, with log, checkpoints and validation pictures. What was learned is saved where the loss breaks or Ctrl-C is pressed."
     s, main = run.settings, run.accelerator.is_main_process
@@ -544,7 +574,7 @@ def train(run, first=0):
             try: logs = train_step(run, step)
             except FloatingPointError as error: raise FloatingPointError(f"{error}{saved_as(run, step)}") from None
             after_step(run, step + 1, logs, bar)
-            if interrupted():
+            if anyone(run, interrupted()):
                 raise KeyboardInterrupt(f"stopped after step {step + 1}{saved_as(run, step + 1)}; go on with resume_from_checkpoint='latest'")
     if s.report_to: run.accelerator.end_training()
 
@@ -580,6 +610,7 @@ def checkpoint_of(s):
     changed = [f"{k}={new.get(k)!r} (was {old.get(k)!r})" for k in new if k not in FREE_ON_RESUME | CUTS and new.get(k) != old.get(k)]
     if samples_a_step(new) != samples_a_step(old): changed.append(f"{samples_a_step(new)} samples a step (was {samples_a_step(old)})")
     if changed: raise ValueError(f"{folder} was made with other settings, and a run resumes only with its own: {'; '.join(changed)}")
+    warn_about_versions(folder)
     return folder
 
 # %% ../nbs/09_dco.ipynb #c084
@@ -599,7 +630,8 @@ def prepare_output(run, checkpoint=None):
 # %% ../nbs/09_dco.ipynb #c085
 def gather(images, s):
     "The references, and the processes that will learn them."
-    references, accelerator = as_references(images, s.class_noun, s.caption), Accelerator(log_with=s.report_to, project_dir=str(Path(s.output)/'logs'))
+    references, patience = as_references(images, s.class_noun, s.caption), InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    accelerator = Accelerator(log_with=s.report_to, project_dir=str(Path(s.output)/'logs'), kwargs_handlers=[patience])    # while one of them draws
     s.fingerprint, s.num_processes = fingerprint(references), accelerator.num_processes
     return references, accelerator
 
@@ -611,6 +643,8 @@ def finetune(
     token,                              # what it will be called: '<dog>'
     output,                             # folder for the result, see `Subject`
     base=TINY_SDXL,                     # an SDXL model in diffusers format: a folder or a Hub name
+    variant=None, revision=None,        # of its files ('fp16' is half the download), and of a Hub model
+    vae=None,                           # another VAE than its own: a folder or a Hub name such as 'madebyollin/sdxl-vae-fp16-fix'
     caption=None,                       # for images without one; default 'a photo of a {subject}'
     loss='dco',                         # or 'dreambooth'
     beta=None,                          # of DCO

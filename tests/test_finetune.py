@@ -21,12 +21,16 @@ from parallel_rescale import checkpoints, dco
 from parallel_rescale.checkpoints import training_log
 from parallel_rescale.dco import dco_loss, dreambooth_loss, finetune, min_snr_weight, recommended
 from parallel_rescale.subject import as_references
-from parallel_rescale.subject_folder import Subject
+from parallel_rescale.subject_folder import Subject, installed_versions
 from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
 from parallel_rescale.world import reference_set
 
 CAT = dict(class_noun="cat", token="<pixel>")
 QUICK = "from parallel_rescale import dco; dco.SAMPLE_STEPS, dco.SAMPLE_PROMPTS = 1, dco.SAMPLE_PROMPTS[:1]; import torch; torch.set_num_threads(1)\n"
+
+UNIT = dict(no=2.0**-24, bf16=2.0**-9, fp16=2.0**-12)                         # relative error of one rounding
+cuda = pytest.mark.cuda                                                       # holds on a GPU as well: `-m cuda` there
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +157,7 @@ def stirred():
     return stir
 
 
+@cuda
 def test_one_call_equals_two(references, stirred):
     two, one = (stirred(prepared(references, batched=b)) for b in (False, True))
     for a, b in zip(gradients(two), gradients(one)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -161,7 +166,7 @@ def test_one_call_equals_two(references, stirred):
 def test_phi_is_the_base_model_and_a_constant(references, stirred):
     run, untouched = stirred(prepared(references)), load_tiny_sdxl(device="cpu").unet
     batch = next(dco.micro_batches(run, run.data, 0))
-    subject, base = dco.subject_text(run, batch.source), dco.rows_of(run.text.base, batch.source)
+    subject, base = dco.subject_text(run, batch), dco.rows_of(run.text.base, batch.source)
     for batched in (False, True):
         theta, phi = dco.theta_and_phi(run.pipe.unet, batch, subject, base, batched)
         assert theta.requires_grad and not phi.requires_grad
@@ -170,12 +175,14 @@ def test_phi_is_the_base_model_and_a_constant(references, stirred):
         assert (theta - phi).abs().max() > 1e-3
 
 
+@cuda
 def test_gradient_checkpointing_changes_no_gradient(references, stirred):
     plain, saving = (stirred(prepared(references, gradient_checkpointing=b)) for b in (False, True))
     assert saving.pipe.unet.training
     for a, b in zip(gradients(plain), gradients(saving)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@cuda
 def test_a_step_does_not_depend_on_how_it_is_cut(references):
     whole = prepared(references, train_batch_size=4)
     cut = prepared(references, train_batch_size=1, gradient_accumulation_steps=4)
@@ -186,6 +193,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(references):
     for a, b in zip(*moments): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@cuda
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_learned_tokens_get_gradients_and_change_in_every_precision(references, precision):
     run = prepared(references, train_text_encoder_ti=True, mixed_precision=precision, train_batch_size=2, rank=2)
@@ -205,12 +213,14 @@ def test_learned_tokens_get_gradients_and_change_in_every_precision(references, 
     assert all(p.dtype == torch.float32 for p in run.trained)
 
 
+@cuda
 def test_tokens_alone(references, tmp_path):
     subject = finetune(references, **CAT, output=tmp_path / "run", rank=0, train_text_encoder_ti=True, max_train_steps=2)
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
     assert set(weights(subject.folder)) == {"learned_embeds:clip_l", "learned_embeds:clip_g"}
 
 
+@cuda
 def test_dreambooth_with_prior_and_snr(references, tmp_path):
     finetune(references, **CAT, output=tmp_path / "run", loss="dreambooth", prior_loss_weight=0.5, num_class_images=2, snr_gamma=5.0, max_train_steps=2, train_batch_size=2)
     log = training_log(tmp_path / "run")
@@ -232,11 +242,161 @@ def test_v_prediction_target(references):
     torch.testing.assert_close(batch.x_t, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
 
 
+@cuda
 def test_random_crops(references):
     wide = as_references([(np.asarray(r.image.resize((96, 64))), r.caption) for r in references])
     run = prepared(wide, crop="random")
     assert len(run.data.moments) == 4 * dco.RANDOM_CROPS and run.data.time_ids[:, 3].max() > 0 and run.data.time_ids[:, 2].max() == 0
     dco.train_step(run, 0)
+
+
+# half precision
+
+@cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_latents_are_those_of_float32(references, precision):
+    "Autocast would compute the VAE in half precision whatever its weights are; it is off there, so the latents are the same to the last bit."
+    whole, half = (prepared(references, mixed_precision=p) for p in ("no", precision))
+    assert torch.equal(whole.data.moments, half.data.moments) and half.pipe.vae.dtype == torch.float32
+
+
+def with_vae(folder, change):
+    "A copy of the embedded model with another VAE."
+    from safetensors.torch import save_file
+    shutil.copytree(TINY_SDXL, folder)
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata=dict(format="pt"))
+    return str(folder)
+
+
+@cuda
+def test_a_vae_that_overflows_in_fp16_does_no_harm(references, tmp_path):
+    "SDXL's does. In float32 a first layer 10⁶ times larger changes next to nothing, for a normalisation follows it."
+    def enlarge(state):
+        for name in ("encoder.conv_in.weight", "encoder.conv_in.bias"): state[name] = state[name].float() * 1e6
+    run = prepared(references, base=with_vae(tmp_path / "base", enlarge), mixed_precision="fp16")
+    assert run.data.moments.isfinite().all()
+    x = torch.zeros(1, 3, 64, 64, device=run.accelerator.device)
+    with torch.no_grad(), torch.autocast(x.device.type, torch.float16): naive = run.pipe.vae.to(x.device).encode(x).latent_dist.mean
+    assert not naive.isfinite().all()                                         # what would be learned from otherwise
+
+
+@cuda
+def test_latents_that_are_not_finite_name_their_picture(references, tmp_path):
+    def spoil(state): state["encoder.conv_out.bias"] += math.inf
+    base = with_vae(tmp_path / "base", spoil)
+    with pytest.raises(ValueError, match=r"picture 1 \('.*\): the VAE gives latents that are not finite"):
+        finetune(references, **CAT, base=base, output=tmp_path / "out", max_train_steps=1)
+
+
+@cuda
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_class_pictures_and_samples_leave_the_vae_in_float32(references, tmp_path, precision):
+    common = CAT | dict(loss="dreambooth", prior_loss_weight=1.0, num_class_images=2, max_train_steps=1, train_batch_size=1)
+    subject = finetune(references, **common, mixed_precision=precision, output=tmp_path / "run", validation_prompt="a {subject}", validation_steps=1)
+    half, whole = (prepared(references, **common | dict(class_data_dir=tmp_path / "run/class_images", num_class_images=50), mixed_precision=p)
+                   for p in (precision, "no"))
+    assert torch.equal(half.prior.moments, whole.prior.moments)
+    with dco.everything_on_device(half): dco.sample_pictures(half, ["a {subject}"], dco.CFG(5.0))
+    assert half.pipe.vae.dtype == torch.float32 and all(np.isfinite(training_log(subject.folder)["prior"]))
+
+
+@cuda
+@pytest.mark.parametrize("changes", [dict(), dict(train_text_encoder_ti=True), dict(gradient_checkpointing=True), dict(loss="dreambooth"),
+                                     dict(loss="dreambooth", prior_loss_weight=1.0)], ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_what_float32_learns(references, stirred, precision, changes, tmp_path):
+    """Losses and gradients are means over thousands of roundings of either sign, so a few units of one rounding remain: 8 for
+    a loss, and 16 for the gradient, which is one more pass through the network."""
+    if changes.get("prior_loss_weight"):
+        for n, r in enumerate(references[:2]): r.image.save(tmp_path / f"{n}.png")
+        changes = changes | dict(class_data_dir=tmp_path)
+    made = []
+    for p in ("no", precision):
+        run = stirred(prepared(references, mixed_precision=p, train_batch_size=2, **changes))
+        logs = dco.forward_and_backward(run, dco.deal(run, 0))[0]
+        run.scaler.unscale_(run.optimizer)
+        made.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))
+    (exact, gradient), (logs, rounded) = made
+    for k in exact: torch.testing.assert_close(logs[k].float(), exact[k], rtol=8 * UNIT[precision], atol=0)
+    assert (rounded - gradient).norm() < 16 * UNIT[precision] * gradient.norm()
+
+
+@cuda
+@pytest.mark.parametrize("precision,levels", [("bf16", 8), ("fp16", 1)])
+def test_validation_pictures_in_half_precision(references, monkeypatch, precision, levels):
+    "Ten steps with CFG 5 amplify a rounding some fifty times: a mean of 50 × 2⁻⁹ × 127.5 / 2 ≈ 6 of 255 grey levels in bf16, and an eighth of it in fp16."
+    monkeypatch.setattr(dco, "SAMPLE_STEPS", 10)
+    pictures = []
+    for p in ("no", precision):
+        run = prepared(references, mixed_precision=p)
+        with dco.everything_on_device(run): pictures.append(np.asarray(dco.sample_pictures(run, ["a {subject} in the snow"], dco.CFG(5.0))[0], float))
+    assert np.abs(pictures[0] - pictures[1]).mean() < levels
+
+
+@pytest.mark.parametrize("native,expected", [(True, "bf16"), (False, "fp16")])
+def test_half_precision_is_the_one_that_the_card_computes_itself(monkeypatch, native, expected):
+    "A T4 answers yes to the plain question, for it can emulate bf16."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert dco.half_precision() == expected
+
+
+# waiting for the device
+
+class Fetches(torch.utils._python_dispatch.TorchDispatchMode):
+    "Counts the moments at which Python asks for a tensor's value, and a GPU would have to finish first."
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        Fetches.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(train_text_encoder_ti=True), dict(gradient_checkpointing=True), dict(batched=True), dict(gradient_accumulation_steps=2),
+                                     dict(loss="dreambooth", snr_gamma=5.0), dict(mixed_precision="bf16")], ids=str)
+def test_a_step_asks_for_numbers_once(references, monkeypatch, changes):
+    run, read, asked = prepared(references, train_batch_size=2, **changes), dco.read_logs, []
+    def counted(*args): asked.append(Fetches.count); return read(*args)
+    monkeypatch.setattr(dco, "read_logs", counted)
+    monkeypatch.setattr(Fetches, "count", 0)
+    dco.train_step(run, 0)
+    with Fetches(): dco.train_step(run, 1)
+    assert asked == [0, 0] and Fetches.count == 0                             # read_logs reads one tensor, as a list
+
+
+@cuda
+@needs_cuda
+@pytest.mark.parametrize("changes", [dict(), dict(loss="dreambooth", snr_gamma=5.0), dict(mixed_precision="fp16")], ids=str)
+def test_a_step_waits_for_the_gpu_once(references, changes, recwarn):
+    run = prepared(references, **changes)
+    for step in range(2): dco.train_step(run, step)
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try: dco.train_step(run, 2)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn if "synchron" in str(w.message)]) <= 1
+
+
+def test_the_next_step_is_drawn_ahead_and_is_the_same(references):
+    ahead, fresh = (prepared(references, train_batch_size=2) for _ in range(2))
+    for step in range(3):
+        fresh.ahead.clear()
+        assert dco.train_step(ahead, step) == dco.train_step(fresh, step)
+    assert list(ahead.ahead) == [3]
+
+
+@cuda
+@needs_cuda
+def test_vae_and_encoders_are_off_the_card(references, tmp_path):
+    run = prepared(references, mixed_precision=dco.half_precision())
+    assert {p.device.type for part in (run.pipe.vae, run.pipe.text_encoder, run.pipe.text_encoder_2) for p in part.parameters()} == {"cpu"}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    dco.save_adapter(run.pipe.unet, tmp_path)
+    assert torch.cuda.max_memory_allocated() == before                        # no second copy of the LoRA there
 
 
 # what is saved
@@ -251,6 +411,7 @@ def trained(references, tmp_path_factory):
                         lr_scheduler="cosine", validation_prompt=["a {subject} in the snow", "a sketch of a <pixel>"], validation_steps=4, report_to="tensorboard")
 
 
+@cuda
 def test_the_saved_folder(trained):
     folder = Path(trained.folder)
     names = {p.name for p in folder.iterdir()}
@@ -342,6 +503,7 @@ def test_killed_and_resumed(references, tmp_path):
     assert training_log(tmp_path / "whole") == training_log(output)
 
 
+@cuda
 def test_ctrl_c_saves_and_says_how_to_go_on(references, uninterrupted, tmp_path, monkeypatch):
     original, before = dco.train_step, signal.getsignal(signal.SIGINT)
     def step(run, number):
@@ -361,6 +523,7 @@ def test_half_a_checkpoint_is_never_taken_for_one(references, tmp_path, monkeypa
     assert checkpoints.checkpoints(tmp_path / "run") == []
 
 
+@cuda
 def test_checkpoint_limit(references, tmp_path):
     finetune(references, **RUN | dict(checkpointing_steps=1, checkpoints_total_limit=2), output=tmp_path / "run")
     assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
@@ -399,6 +562,7 @@ def test_nan_in_the_base_is_named(references, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@cuda
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_names_the_step_and_loses_nothing(references, uninterrupted, tmp_path, monkeypatch, what):
     original = dco.dco_loss
@@ -463,7 +627,7 @@ def test_the_output_of_others_is_safe(references, tmp_path):
 def test_recommended_goes_by_size(monkeypatch):
     assert recommended()["beta"] == 100 and recommended()["rank"] == 8
     sdxl = dict(sample_size=128, block_out_channels=[320, 640, 1280], addition_embed_type="text_time")
-    monkeypatch.setattr(dco, "unet_config", lambda base: sdxl)
+    monkeypatch.setattr(dco, "unet_config", lambda base, revision=None: sdxl)
     large = recommended("stabilityai/stable-diffusion-xl-base-1.0")
     assert (large["beta"], large["rank"], large["learning_rate"], large["max_train_steps"], large["train_batch_size"]) == (1000, 32, 5e-5, 1000, 1)
 

@@ -1,5 +1,7 @@
 "The folder of a saved subject: what is written can be read, by us and by stock diffusers."
+import importlib.util
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
-from parallel_rescale.subject_folder import (LORA_FILE, SUBJECT_FILE, TOKENS_FILE, Subject, base_prompt, base_signature, check_base, derive_base,
+from parallel_rescale.subject_folder import (LORA_FILE, SUBJECT_FILE, TOKENS_FILE, Subject, base_prompt, base_signature, check_base, check_torchao, derive_base,
                                              load_tokens, model_card, save_adapter, save_tokens, subject_prompt)
 from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
 
@@ -109,3 +111,50 @@ def test_derive_base(prompt, token, noun, base): assert derive_base(prompt, toke
 
 def test_placeholders():
     assert subject_prompt("a {subject}, {subject}", "<x>") == "a <x>, <x>" and base_prompt("a {subject} by a {subject}", "owl") == "an owl by an owl"
+
+
+def modes(folder):
+    return {p.name: oct(p.stat().st_mode & 0o777) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask):
+    before = os.umask(umask)
+    try: make_subject(tmp_path / "dog")
+    finally: os.umask(before)
+    assert len(modes(tmp_path / "dog")) == 4 and set(modes(tmp_path / "dog").values()) == {oct(0o666 & ~umask)}
+
+
+@pytest.fixture
+def old_torchao(monkeypatch):
+    "torchao 0.10, as PEFT looks for it: a module that can be found, and a version in its metadata."
+    import importlib.metadata as metadata
+    from peft.import_utils import is_torchao_available
+    find, version = importlib.util.find_spec, metadata.version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: "found" if name == "torchao" else find(name, *a))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.10.0" if name == "torchao" else version(name))
+    is_torchao_available.cache_clear()
+    yield
+    is_torchao_available.cache_clear()
+
+
+def test_an_old_torchao_is_named_with_its_cure(old_torchao):
+    with pytest.raises(ImportError, match=r'0\.10\.0.*pip install --no-deps -U "torchao>=0\.16"'): check_torchao()
+
+
+def test_any_other_torchao_is_fine(monkeypatch):
+    from peft import import_utils
+    for answer in (True, False):
+        monkeypatch.setattr(import_utils, "is_torchao_available", lambda: answer)
+        check_torchao()
+
+
+def test_how_the_base_was_loaded_is_known_and_on_the_card(tmp_path):
+    made = Subject("<dog>", "dog", "some/sdxl", settings=dict(variant="fp16", revision="v1", vae="some/vae", rank=4))
+    assert made.base_options == dict(variant="fp16", revision="v1") and made.vae == "some/vae"
+    card = model_card(made)
+    assert card.count('from_pretrained("some/vae")') == 2 and "AutoencoderKL, StableDiffusionXLPipeline" in card
+    assert 'from_pretrained("some/sdxl", variant="fp16", revision="v1", vae=vae)' in card
+    assert 'from_pretrained(subject.base, variant="fp16", revision="v1", vae=vae)' in card
+    plain = model_card(Subject("<dog>", "dog", "some/sdxl"))
+    assert "vae" not in plain and 'from_pretrained("some/sdxl")' in plain
