@@ -92,8 +92,8 @@ def load_pipeline(subject,      # a saved subject's folder
                  ):
     "The `SubjectPipeline` of a saved subject, ready to draw."
     quiet_loading()
-    import torch
-    from parallel_rescale import Subject, SubjectPipeline, TINY_SDXL
+    from parallel_rescale import Subject, TINY_SDXL
+    from parallel_rescale.evaluate import load_pipeline as load
     from parallel_rescale.world import check_name
     from parallel_rescale.adapters import unet_config
     from parallel_rescale.tiny import default_device
@@ -102,9 +102,9 @@ def load_pipeline(subject,      # a saved subject's folder
     unet_config(base)                                                          # one clear error where it is no SDXL model
     device = default_device(device)
     half = "float16" if device.startswith("cuda") and base != TINY_SDXL else "float32"
-    dtype = getattr(torch, check_name("dtype", dtype or half, _DTYPES))
-    pipe = SubjectPipeline.from_pretrained(base, torch_dtype=dtype, add_watermarker=False)
-    return pipe.load_subject(subject.folder).to(device)
+    check_name("dtype", dtype or half, _DTYPES)
+    asked = {} if base != subject.base else dict(subject.base_options, vae=subject.vae)   # as it was loaded when the subject was made
+    return load(base, device, dtype or half, **asked).load_subject(subject.folder)
 
 # %% ../nbs/12_cli.ipynb #c015
 def seeds_of(seed, n):

@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -44,11 +45,14 @@ def quietly():
         lora.setLevel(level)
         for lib in bars: lib.enable_progress_bar()
 
-def load_pipeline(base, device: str, dtype: str) -> SubjectPipeline:
-    "A pipeline without subjects, ready to draw silently."
-    with quietly(): pipe = SubjectPipeline.from_pretrained(base, torch_dtype=getattr(torch, dtype), add_watermarker=False)
+def load_pipeline(base, device: str, dtype: str, vae: str | None = None, **options) -> SubjectPipeline:
+    "A pipeline without subjects, ready to draw silently; `vae`: another VAE than its own, `options`: variant and revision of its files."
+    dtype = getattr(torch, dtype)
+    with quietly():
+        if vae: options["vae"] = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)
+        pipe = SubjectPipeline.from_pretrained(base, torch_dtype=dtype, add_watermarker=False, **options)
     pipe.set_progress_bar_config(disable=True)
-    if dtype == "float16": pipe.vae.enable_slicing()               # SDXL's decoder works in float32, and a batch of it at once takes more memory than the UNet
+    if dtype != torch.float32 or pipe.default_sample_size > 64: pipe.vae.enable_slicing()   # a large batch in the decoder takes more memory than the UNet
     return pipe.to(device)
 
 def encode_picture(image: Image.Image, kind: str) -> bytes:
@@ -66,7 +70,7 @@ class Worker:
         for s in plan.scorers: getattr(s, "loaded", None)          # a missing encoder is found out before anything is drawn
 
     @cached_property
-    def pipe(self): return load_pipeline(self.plan.base, self.plan.device, self.plan.dtype)
+    def pipe(self): return load_pipeline(self.plan.base, self.plan.device, self.plan.dtype, **self.plan.loading)
 
     def __call__(self, job: Job) -> dict:
         "A job's result: `rows`, `pictures` (path → bytes), `sampling` and `scoring` seconds."

@@ -176,6 +176,7 @@ class Plan:
     images: str | None               # "png" or "webp"
     device: str
     dtype: str
+    loading: dict                    # how the base was loaded when the subjects were made: variant, revision, vae
     threads: int                     # of each process, on the CPU: sums depend on how they are cut
 
     def jobs(self): return plan(list(self.cases), list(self.rules), len(self.prompts), self.seeds, self.batch_size)
@@ -189,6 +190,7 @@ class Plan:
                     rules={n: _plain(r) for n, r in self.rules.items()}, families={n: family(r) for n, r in self.rules.items()}, seeds=self.seeds,
                     scorers=[_plain(s) for s in self.scorers], sampler=self.sampler, batch_size=self.batch_size, images=self.images,
                     device=torch.device(self.device).type, dtype=self.dtype, versions=installed_versions() | dict(python=platform.python_version()))
+        if self.loading: said["loading"] = self.loading
         return json.loads(json.dumps(said))
 
 # %% ../nbs/10a_grid.ipynb #c024
@@ -209,7 +211,8 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
     for name, value in dict(steps=steps, batch_size=batch_size).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a whole number ≥ 1, got {value!r}")
     if images is not None: check_name("images", images, ("png", "webp"))
-    bases = {Subject.load(c.folder).base for c in cases}
+    subjects = [Subject.load(c.folder) for c in cases]
+    bases, loading = {s.base for s in subjects}, {} if base else dict(subjects[0].base_options, **({"vae": subjects[0].vae} if subjects[0].vae else {}))
     if base is None and len(bases) > 1: raise ValueError(f"base: the subjects were made for different models, {sorted(bases)}; evaluate them apart, or name one")
     base, device = str(base or bases.pop()), default_device(device)
     rules, prompts = named_rules(rules), prompt_set(prompts)
@@ -219,7 +222,7 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
     made = [scorer(s, device) for s in ([scorers] if isinstance(scorers, str) or callable(scorers) else scorers)]
     if tiny := [s.name for s in made if isinstance(s, _TinyWorld)]: check_size(tiny[0], base, sampler)
     return Plan({c.references.name: c for c in cases}, prompts, rules, seeds, made, base, sampler, batch_size, images, str(device),
-                check_name("dtype", dtype, ("float32", "float16", "bfloat16")), threads or torch.get_num_threads())
+                check_name("dtype", dtype, ("float32", "float16", "bfloat16")), loading, threads or torch.get_num_threads())
 
 # %% ../nbs/10a_grid.ipynb #c027
 MANIFEST, PARTS, SCORES = "manifest.json", "parts", "scores.csv"
