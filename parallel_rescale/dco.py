@@ -40,7 +40,7 @@ from .checkpoints import (
 from .denoiser import PromptEmbeds, adapter_rows, encode_prompts, guided
 from .guidance import CFG, ParallelRescale, label
 from .plot import image_grid
-from .subject import CROPS, DEFAULT_CAPTION, as_references, crop_square, image_files, open_image
+from .subject import CROPS, DEFAULT_CAPTION, as_references, check_references, crop_square, image_files, open_image
 from .subject_folder import (
     LORA_FILE, Subject, base_prompt, base_signature, check_torchao, derive_base, load_tokens, pool_at_eos, save_adapter, save_tokens, subject_prompt)
 from .tiny import TINY_SDXL
@@ -633,6 +633,7 @@ def gather(images, s):
     references, patience = as_references(images, s.class_noun, s.caption), InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = Accelerator(log_with=s.report_to, project_dir=str(Path(s.output)/'logs'), kwargs_handlers=[patience])    # while one of them draws
     s.fingerprint, s.num_processes = fingerprint(references), accelerator.num_processes
+    if accelerator.is_main_process and (note := check_references(references)): print(f"note: {note}")
     return references, accelerator
 
 # %% ../nbs/09_dco.ipynb #c087

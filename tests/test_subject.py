@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parallel_rescale.subject import (Reference, as_references, crop_square, from_dco_json, load_references, open_image,
+from parallel_rescale.subject import (Reference, as_references, check_references, crop_square, from_dco_json, load_references, open_image,
                                       reference_table, to_rgb)
 
 RED = (200, 30, 40)
@@ -181,3 +181,44 @@ def test_metadata_errors(folder, line, words):
 def test_reference_table(folder):
     table = reference_table(load_references(folder, caption="a very long caption of a {subject} " * 9), "<dog>", "dog")
     assert table.mode == "RGB" and table.width == 720 and table.height > 3 * 96
+
+
+def owner(regime, **options):
+    from parallel_rescale.world import reference_set
+    return reference_set("pixel_the_cat", "{subject}", regime, **options)
+
+
+def test_a_shared_background_that_no_caption_names_is_said_before_training(tmp_path, capsys):
+    from parallel_rescale import finetune
+    options = dict(class_noun="cat", token="<pixel>", max_train_steps=1, train_batch_size=1, overwrite=True)
+    for images, said in ((owner("same place", named=False), True), (owner("same place"), False), (owner("varied"), False)):
+        finetune(images, output=tmp_path / "subject", **options)
+        assert ("note: all 4 pictures look alike behind the subject" in capsys.readouterr().out) == said
+
+
+def test_the_check_of_references_over_the_world():
+    from parallel_rescale.world import BACKGROUNDS, SUBJECTS, reference_set
+    for name in SUBJECTS:
+        for place in BACKGROUNDS[1:]:                                   # plain grounds come in many colours
+            assert check_references(as_references(reference_set(name, "{subject}", "same place", named=False, place=place))), (name, place)
+        assert check_references(as_references(reference_set(name, "{subject}"))) is None
+
+
+def test_the_check_of_references_bears_exposure_crops_and_odd_sets():
+    wall = [picture for picture, _ in owner("same place", named=False)]
+    darker = [Image.fromarray((picture * f).astype(np.uint8)) for picture, f in zip(wall, (1, .95, .9, .97))]
+    assert check_references(as_references(darker)) and check_references(as_references([p.resize((640, 480)) for p in darker]))
+    assert check_references(as_references(darker[:2])) is None          # two pictures say little
+    assert check_references(as_references(darker, caption="a photo of a {subject} at home")) is None
+
+
+def test_the_check_of_references_on_real_photos():
+    photos = Path(__file__).resolve().parents[2] / "shared" / "dreambooth"
+    if not photos.is_dir(): pytest.skip("the photos of DreamBooth's benchmark are not here")
+    found = {folder.name for folder in photos.iterdir() if folder.is_dir() and check_references(as_references(folder))}
+    assert found == {"berry_bowl", "cat", "dog6", "red_cartoon", "pink_sunglasses"}
+
+
+def test_the_table_of_references_carries_the_note():
+    silent, named = (reference_table(as_references(owner("same place", named=n)), "<pixel>", "cat") for n in (False, True))
+    assert silent.height > named.height and silent.width == named.width
