@@ -105,7 +105,7 @@ def test_the_experiments_are_well_formed(evidence):
 def test_references_of_a_way_share_what_its_name_says(evidence):
     same, named, outfit = (evidence.references_of("mocha_the_cup", f"short; {s}") for s in ("same place", "same place, named", "same outfit, named"))
     assert {c for _, c in same} == {"a photo of a {subject}"} and all("brick wall" in c for _, c in named) and all("wearing a hat" in c for _, c in outfit)
-    assert evidence.split("dco; same place, city") == ("dco", "same place, city") and evidence.split("dco") == ("dco", "varied")
+    assert evidence.split("dco; same place, named") == ("dco", "same place, named") and evidence.split("dco") == ("dco", "varied")
 
 
 def test_an_experiment_from_teaching_to_its_table(evidence, tmp_path, monkeypatch):
