@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .cfg import cfg
-from .guidance import Branch, ConsistencyGuidance, Guidance, RULES, Scale, check_share
+from .guidance import Branch, ConsistencyGuidance, Guidance, Scale, check_share
 from .projection import coefficient
 from .style_contrast import StyleContrast
 
@@ -47,8 +47,6 @@ class TextFloor(Guidance):
         weight = bearable(g_cons, g_text, self.text, self.consistency, self.keep)
         return cfg(null, base, self.text) + (weight * g_cons).to(g_cons.dtype)
 
-RULES[TextFloor.name] = TextFloor
-
 # %% ../nbs/05d_adaptive.ipynb #c012
 @dataclass(frozen=True, repr=False)
 class OwnWords(Guidance):
@@ -64,8 +62,6 @@ class OwnWords(Guidance):
     def combine(self, null, base, reference, subject_reference):
         return cfg(null, base, self.text) + self.consistency * (subject_reference - reference)
 
-RULES[OwnWords.name] = OwnWords
-
 # %% ../nbs/05d_adaptive.ipynb #c016
 def strongest(g, # a direction [B, C, H, W]
               share: float, # s in [0, 1]
@@ -74,6 +70,7 @@ def strongest(g, # a direction [B, C, H, W]
     window = min(g.shape[2:]) // 5 | 1                                   # odd, so that it has a middle
     size = g.to(torch.promote_types(g.dtype, torch.float32)).norm(dim=1, keepdim=True)
     size = F.avg_pool2d(size, window, 1, window // 2, count_include_pad=False)
+    if share == 0: return torch.zeros_like(size, dtype=torch.bool)      # the quantile would keep the longest
     return size >= size.flatten(1).quantile(1 - share, dim=1).view(-1, 1, 1, 1)
 
 # %% ../nbs/05d_adaptive.ipynb #c018
@@ -95,8 +92,6 @@ class Focus(Guidance):
         where = strongest(subject.float() - base.float(), self.share)       # rounded differences would tie
         return cfg(null, base, self.text) + self.consistency * (subject - base) * where
 
-RULES[Focus.name] = Focus
-
 # %% ../nbs/05d_adaptive.ipynb #c024
 @dataclass(frozen=True, repr=False)
 class FocusedContrast(StyleContrast):
@@ -111,5 +106,3 @@ class FocusedContrast(StyleContrast):
     def combine(self, null, base, reference, subject):
         where = strongest(subject.float() - base.float(), self.share)
         return cfg(null, base, self.text) + self.consistency * self.direction(subject - base, reference - base, base - null) * where
-
-RULES[FocusedContrast.name] = FocusedContrast

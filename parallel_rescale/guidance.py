@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Scale', 'Adapter', 'RULES', 'Branch', 'check_share', 'Guidance', 'CFG', 'ConsistencyGuidance', 'ParallelRescale',
            'OrthogonalOnly', 'AutoGuidance', 'PersonalizationGuidance', 'Interval', 'interval', 'Every', 'every',
-           'rule', 'label']
+           'all_rules', 'rule', 'label']
 
 # %% ../nbs/05_guidance.ipynb #c002
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from itertools import takewhile
 from typing import ClassVar
 
@@ -62,6 +63,12 @@ class Branch:
 
 # %% ../nbs/05_guidance.ipynb #c014
 _CHECKS = {Scale: _number, Adapter: _adapter}
+_WRITTEN = {"Scale": Scale, "Adapter": Adapter}
+RULES: dict[str, type] = {} # name → rule; a class joins when it is made, see `Guidance`
+
+def _kind(f):
+    "A field's annotation; in a file with `from __future__ import annotations` it is text."
+    return _WRITTEN.get(f.type.rpartition(".")[2], f.type) if isinstance(f.type, str) else f.type
 
 def check_share(rule, name):
     "ValueError where a rule's field is a number outside [0, 1]; a function of the progress is checked when it has a value."
@@ -72,20 +79,25 @@ class Guidance:
     """A guidance rule: which predictions it needs (`branches`) and what it makes of them (`combine`).
 
     A rule is a frozen dataclass. Fields annotated `Scale` or `Adapter` take a number or a function
-    of the progress 0 → 1; everything below follows from the annotations."""
+    of the progress 0 → 1; everything below follows from the annotations. A public class that has a `name`
+    of its own is in `RULES` from then on."""
     name: ClassVar[str] # the key in `RULES`
     title: ClassVar[str] = "" # how figures and tables call it; default: its name
     color: ClassVar[str] = "0.45" # of its curves, in every figure; Okabe & Ito's palette, which colour-blind readers can tell apart too
     anchor: ClassVar[int] = -1 # the branch that `every` evaluates between full steps
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := cls.__dict__.get("name"), str) and not cls.__name__.startswith("_"): RULES[name] = cls
 
     def __post_init__(self):
         for f, check in self._scales():
             value = getattr(self, f.name)
             if not callable(value): object.__setattr__(self, f.name, check(type(self).__name__, f.name, value))
 
-    def _scales(self): return [(f, _CHECKS[f.type]) for f in fields(self) if f.type in (Scale, Adapter)]
+    def _scales(self): return [(f, _CHECKS[_kind(f)]) for f in fields(self) if _kind(f) in _CHECKS]
 
-    def _leading(self): return list(takewhile(lambda f: f.type in _CHECKS, fields(self)))
+    def _leading(self): return list(takewhile(lambda f: _kind(f) in _CHECKS, fields(self)))
 
     def at(self, progress: float) -> "Guidance":
         "This rule with every scale that is a function replaced by its value at `progress` in [0, 1]."
@@ -105,6 +117,11 @@ class Guidance:
         "(branches, combine) for step `i` of `n`; `memory` is a dict that lives for one sampling run."
         rule = self.at(i / max(n - 1, 1))
         return rule.branches, rule.combine
+
+    def signature(self) -> str:
+        "The rule in words that tell any two apart: a scale that moves by its values at progress 0, 1/4, 1/2, 3/4 and 1."
+        moments = [repr(self.at(progress)) for progress in (0., .25, .5, .75, 1.)]
+        return moments[0] if len(set(moments)) == 1 else " → ".join(moments)
 
     @property
     def label(self) -> str:
@@ -319,7 +336,12 @@ def every(rule: Guidance, k: int) -> Guidance:
     return Every(rule, k)
 
 # %% ../nbs/05_guidance.ipynb #c046
-RULES = {c.name: c for c in (CFG, ConsistencyGuidance, ParallelRescale, OrthogonalOnly, AutoGuidance, PersonalizationGuidance)}
+def all_rules() -> dict[str, type]:
+    "`RULES`, complete: with those that the package's later modules define."
+    here = dict(RULES)
+    for module in ("style_contrast", "adaptive", "several"): import_module(f"parallel_rescale.{module}")
+    RULES.update(here) # a class that took a name before them keeps it
+    return RULES
 
 def _value(text):
     "What the text of one argument means: a truth value, a number, or a name."
@@ -336,7 +358,7 @@ def rule(spec: str, /, # a name of `RULES`, or "name:argument=value,…"
     Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and `interval`."""
     name, _, rest = spec.partition(":")
     name = name.strip().replace("-", "_")
-    check_name("guidance rule", name, RULES)
+    check_name("guidance rule", name, all_rules())
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals: raise ValueError(f"{spec!r}: expected argument=value, got {part!r}")
@@ -359,9 +381,9 @@ def label(rule: Guidance) -> str:
     "A short name of a rule with its scales, for figures: 'parallel rescaling 7.5/3'; ƒ marks a scale that moves."
     if isinstance(rule, Interval): return f"{label(rule.rule)}, {rule.start:g}–{rule.stop:g}"
     if isinstance(rule, Every): return f"{label(rule.rule)}, every {rule.k}"
-    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if f.type is Scale)
+    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if _kind(f) is Scale)
     if isinstance(rule, CFG) and not rule.needs_subject: return text.replace("CFG", "base CFG")
     if isinstance(rule, AutoGuidance): return f"{text}, weak {_short(rule.weak)}"
     if isinstance(rule, ParallelRescale) and rule.ratio != "normalize": text += f", {rule.ratio}"
-    further = [f for f in fields(rule) if f.type is Scale and f not in rule._leading() and getattr(rule, f.name) != f.default]
+    further = [f for f in fields(rule) if _kind(f) is Scale and f not in rule._leading() and getattr(rule, f.name) != f.default]
     return text + "".join(f", {f.name} {_short(getattr(rule, f.name))}" for f in further) + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")

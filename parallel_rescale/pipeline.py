@@ -173,18 +173,19 @@ class SubjectPipeline(StableDiffusionXLPipeline):
     "diffusers' `StableDiffusionXLPipeline` with guidance rules and saved subjects; without `guidance=` it is its parent, to the last bit."
 
     def __call__(self, *args, guidance: Guidance | None = None, base_prompt=None, prompts: Mapping | None = None,
-                 record: list | None = None, batched: bool = True, **kwargs):
+                 record: list | None = None, max_rows: int | None = None, batched: bool | None = None, **kwargs):
         """The parent's arguments, and
 
         - guidance: a rule such as `ParallelRescale()`; None is the parent's classifier-free guidance (on the adapted model)
         - base_prompt: what φ is told, text or list of texts; by default the prompt with the class noun for the subject's token
         - prompts: further named prompts that the rule's branches ask for, e.g. {"reference": "a photo of a dog"}
         - record: a list or `Record` that receives `diagnostics` at every step
-        - batched: False evaluates a rule's branches one after the other, for small cards
+        - max_rows: rows in one UNet call, for small cards; None is one call for all pictures and branches
+        - batched: former name; batched=False is max_rows=1
 
         The null prompt is `negative_prompt`, or what the parent takes without one. Returns what the parent returns."""
         if guidance is None:
-            idle = [k for k, v in dict(base_prompt=base_prompt, prompts=prompts, record=record, batched=None if batched else batched).items() if v is not None]
+            idle = [k for k, v in dict(base_prompt=base_prompt, prompts=prompts, record=record, max_rows=max_rows, batched=None if batched else batched).items() if v is not None]
             if idle: raise ValueError(f"{idle[0]}: has nothing to act on without guidance=, such as guidance=ParallelRescale()")
             return super().__call__(*args, **kwargs)
         if not isinstance(guidance, Guidance): raise ValueError(f"guidance must be a rule such as ParallelRescale(), got {guidance!r}")
@@ -195,7 +196,7 @@ class SubjectPipeline(StableDiffusionXLPipeline):
         call = {k: v for k, v in call.items() if k not in _TEXT}
         n = call.get("num_images_per_prompt", 1)
         own = dict(prompt_embeds=embeds["subject"].hidden[::n], pooled_prompt_embeds=embeds["subject"].pooled[::n])
-        with guided(self.unet, guidance, embeds, scheduler=self.scheduler, batched=batched, on_step=on_step, tokens_only=tokens_only):
+        with guided(self.unet, guidance, embeds, scheduler=self.scheduler, max_rows=max_rows, batched=batched, on_step=on_step, tokens_only=tokens_only):
             return super().__call__(**_followed(call, embeds), **own, guidance_scale=1.0)
 
     # tools that look at a call's arguments see the parent's, and ours

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from parallel_rescale.denoiser import PromptEmbeds, RowScale, adapter_rows, encode_prompts, guided, repeat_rows
+from parallel_rescale.denoiser import PromptEmbeds, RowScale, adapter_layers, adapter_rows, encode_prompts, guided, repeat_rows
 from parallel_rescale.guidance import (CFG, AutoGuidance, Branch, ConsistencyGuidance, Guidance, OrthogonalOnly, ParallelRescale,
                                        PersonalizationGuidance, every, interval)
 from parallel_rescale.tiny import load_tiny_sdxl
@@ -138,7 +138,7 @@ def test_stable_diffusion_1_5(pipe):
     with guided(other.unet, CFG(5.0, adapter=0), embeds(other), scheduler=other.scheduler): assert torch.equal(sample(other), stock)
     add_lora(unet, "dog", ATTENTION)
     for batched in (True, False):
-        with guided(unet, ParallelRescale(), embeds(other), scheduler=other.scheduler, batched=batched): assert sample(other).isfinite().all()
+        with guided(unet, ParallelRescale(), embeds(other), scheduler=other.scheduler, max_rows=None if batched else 1): assert sample(other).isfinite().all()
 
 
 def test_the_pipelines_own_empty_prompt(pipe):
@@ -161,7 +161,7 @@ RULES = [CFG(), ConsistencyGuidance(), ParallelRescale(), ParallelRescale(ratio=
 def test_batched_equals_one_by_one(adapted, rule):
     seen = {True: [], False: []}
     for batched in seen:
-        with guided(adapted.unet, rule, embeds(adapted), scheduler=adapted.scheduler, batched=batched, on_step=lambda i, n, t, p, c: seen[batched].append((p, c))):
+        with guided(adapted.unet, rule, embeds(adapted), scheduler=adapted.scheduler, max_rows=None if batched else 1, on_step=lambda i, n, t, p, c: seen[batched].append((p, c))):
             sample(adapted)
     for (many, _), (one, _) in zip(seen[True], seen[False]):
         assert many.keys() == one.keys()
@@ -238,12 +238,12 @@ def test_equals_the_two_call_sampler(adapted):
 
 # --- whatever a pipeline passes to the UNet reaches every branch ---
 
-class Middle(Guidance):
+class _Middle(Guidance):
     "A rule of two equal branches: its combination must equal either."
     name, branches = "middle", (Branch("base"), Branch("null"))
     def combine(self, base, null): return base
     def _scales(self): return []
-    def __repr__(self): return "Middle()"
+    def __repr__(self): return "middle()"
 
 
 @torch.no_grad()
@@ -251,16 +251,11 @@ class Middle(Guidance):
 @pytest.mark.parametrize("n", [1, 2])
 def test_every_argument_is_repeated(pipe, batched, n):
     args, g = call_arguments(n), torch.Generator().manual_seed(3)
-    shapes = []                                     # of the residuals that a ControlNet adds
-    hooks = [b.register_forward_hook(lambda m, a, k, out: shapes.extend(s.shape for s in out[1]), with_kwargs=True) for b in pipe.unet.down_blocks]
-    pipe.unet(**args)
-    for h in hooks: h.remove()
-    args |= dict(down_block_additional_residuals=[torch.randn(n, 32, 16, 16, generator=g)] + [torch.randn(s, generator=g) for s in shapes],
-                 mid_block_additional_residual=torch.randn(n, 128, 4, 4, generator=g), encoder_attention_mask=(torch.rand(n, 32, generator=g) > .3).float(),
+    args |= dict(encoder_attention_mask=(torch.rand(n, 32, generator=g) > .3).float(),
                  timestep=torch.full((n,), 500))
     plain = pipe.unet(**args).sample
     same = PromptEmbeds(args["encoder_hidden_states"], args["added_cond_kwargs"]["text_embeds"])
-    with guided(pipe.unet, Middle(), {"base": same, "null": same}, batched=batched):
+    with guided(pipe.unet, _Middle(), {"base": same, "null": same}, max_rows=None if batched else 1):
         assert torch.allclose(pipe.unet(**args).sample, plain, rtol=1e-5, atol=1e-5)
         positional = [args.pop(k) for k in ("sample", "timestep", "encoder_hidden_states")]
         assert torch.allclose(pipe.unet(*positional, **args, return_dict=False)[0], plain, rtol=1e-5, atol=1e-5)
@@ -273,7 +268,7 @@ def test_a_prompt_may_have_conditions_of_its_own(pipe):
     other = torch.tensor([[32., 32, 0, 0, 32, 32]])
     expected = pipe.unet(**args | {"added_cond_kwargs": dict(text_embeds=pooled, time_ids=other.repeat(2, 1))}).sample
     seen = {}
-    with guided(pipe.unet, Middle(), {"base": PromptEmbeds(hidden, pooled), "null": PromptEmbeds(hidden, pooled, {"time_ids": other})},
+    with guided(pipe.unet, _Middle(), {"base": PromptEmbeds(hidden, pooled), "null": PromptEmbeds(hidden, pooled, {"time_ids": other})},
                 on_step=lambda i, n, t, p, c: seen.update(p)):
         pipe.unet(**args)
     assert torch.allclose(seen["null", 0.], expected, rtol=1e-5, atol=1e-5) and not torch.allclose(seen["base", 0.], expected, atol=1e-3)
@@ -291,7 +286,7 @@ def test_repeat_rows():
 @pytest.mark.parametrize("batched", [True, False])
 def test_restored_on_exit(adapted, batched):
     before = state(adapted.unet)
-    with guided(adapted.unet, PersonalizationGuidance(omega=.3), embeds(adapted), scheduler=adapted.scheduler, batched=batched): sample(adapted)
+    with guided(adapted.unet, PersonalizationGuidance(omega=.3), embeds(adapted), scheduler=adapted.scheduler, max_rows=None if batched else 1): sample(adapted)
     assert state(adapted.unet) == before
     assert all(type(s) is float for m in adapted.unet.modules() if isinstance(m, LoraLayer) for s in m.scaling.values())
 
@@ -301,13 +296,13 @@ def test_restored_after_errors(adapted, batched):
     before = state(adapted.unet)
     def stop(*_): raise KeyError("from a callback")
     with pytest.raises(KeyError):
-        with guided(adapted.unet, ParallelRescale(), embeds(adapted), on_step=stop, batched=batched): sample(adapted)
+        with guided(adapted.unet, ParallelRescale(), embeds(adapted), on_step=stop, max_rows=None if batched else 1): sample(adapted)
     assert state(adapted.unet) == before
     for error in (RuntimeError, KeyboardInterrupt):                    # from inside the UNet
         def fail(*_): raise error
         hook = adapted.unet.mid_block.register_forward_hook(fail)
         with pytest.raises(error):
-            with guided(adapted.unet, ParallelRescale(), embeds(adapted), batched=batched): sample(adapted)
+            with guided(adapted.unet, ParallelRescale(), embeds(adapted), max_rows=None if batched else 1): sample(adapted)
         hook.remove()
         assert state(adapted.unet) == before
 
@@ -358,7 +353,7 @@ def test_torch_compile(in_place):
     unet, args, named = small_unet()
     def answers(unet): return [asked(unet, *how) for how in ((ParallelRescale(), True), (ParallelRescale(), False), (CFG(), True))]
     def asked(unet, rule, batched):
-        with guided(unet, rule, named, batched=batched): return unet(*args).sample
+        with guided(unet, rule, named, max_rows=None if batched else 1): return unet(*args).sample
     plain, eager = unet(*args).sample, answers(unet)
     if in_place: unet.compile(backend="eager")
     else: unet = torch.compile(unet, backend="eager")
@@ -378,15 +373,15 @@ def test_offload_hooks(adapted, batched):
         def pre_forward(self, module, *args, **kwargs): self.seen.append(len(args[0])); return args, kwargs
     add_hook_to_module(adapted.unet, Moves())
     try:
-        with guided(adapted.unet, ParallelRescale(), embeds(adapted), scheduler=adapted.scheduler, batched=batched):
+        with guided(adapted.unet, ParallelRescale(), embeds(adapted), scheduler=adapted.scheduler, max_rows=None if batched else 1):
             assert torch.allclose(sample(adapted), expected, atol=1e-4)
-        assert Moves.seen[0] == (6 if batched else 2) and hasattr(adapted.unet, "_hf_hook")
+        assert Moves.seen[0] == (6 if batched else 1) and hasattr(adapted.unet, "_hf_hook")
     finally: remove_hook_from_module(adapted.unet); Moves.seen.clear()
     pipe = load_tiny_sdxl(device="cpu")             # and for every layer, as enable_sequential_cpu_offload does
     add_lora(pipe.unet, "dog", ATTENTION)
     with guided(pipe.unet, ParallelRescale(), embeds(pipe), scheduler=pipe.scheduler): expected = sample(pipe)
     cpu_offload(pipe.unet, execution_device="cpu")
-    with guided(pipe.unet, ParallelRescale(), embeds(pipe), scheduler=pipe.scheduler, batched=batched):
+    with guided(pipe.unet, ParallelRescale(), embeds(pipe), scheduler=pipe.scheduler, max_rows=None if batched else 1):
         assert torch.allclose(sample(pipe), expected, atol=1e-4)
 
 
@@ -448,7 +443,7 @@ def test_a_prompt_replaced_in_the_middle_takes_effect(pipe):
 
 def test_a_branch_asked_for_twice_is_evaluated_once(pipe):
     rows = []
-    class Twice(Middle):
+    class Twice(_Middle):
         branches = (Branch("base"), Branch("null"), Branch("base"))
         def combine(self, a, b, c): assert a is c; return a + b - c
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda m, a: rows.append(len(a[0])))
@@ -471,7 +466,7 @@ def test_not_a_number(where):
     if where == "prompt": named["subject"], expected = PromptEmbeds(named["subject"].hidden * math.inf, named["subject"].pooled), "'subject' at adapter scale 1"
     if where == "scale": rule, expected = ConsistencyGuidance(text=1e300), "what ConsistencyGuidance"
     with pytest.raises(FloatingPointError, match="step 0 of 4") as error:
-        with guided(pipe.unet, rule, named, scheduler=pipe.scheduler, batched=where != "weights"): sample(pipe, **args)
+        with guided(pipe.unet, rule, named, scheduler=pipe.scheduler, max_rows=None if where != "weights" else 1): sample(pipe, **args)
     assert expected in str(error.value)
 
 
@@ -525,9 +520,9 @@ def test_other_bad_input(pipe, adapted):
         with guided(pipe.unet, CFG(adapter=0), embeds(pipe)): sample(pipe, guidance_scale=5.0)
     named = embeds(pipe)
     short = named | {"base": PromptEmbeds(named["base"].hidden[:, :16], named["base"].pooled)}
-    with pytest.raises(ValueError, match="numbers of tokens.*batched=False"):
+    with pytest.raises(ValueError, match="numbers of tokens.*max_rows=1"):
         with guided(pipe.unet, CFG(adapter=0), short): sample(pipe)
-    with guided(pipe.unet, CFG(adapter=0), short, batched=False): sample(pipe)
+    with guided(pipe.unet, CFG(adapter=0), short, max_rows=1): sample(pipe)
     with pytest.raises(ValueError, match="pooled"):
         with guided(pipe.unet, CFG(adapter=0), named | {"base": PromptEmbeds(named["base"].hidden)}): sample(pipe)
 
@@ -539,3 +534,120 @@ def test_row_scale_is_a_number():
         assert torch.equal(x * s, x * torch.tensor([1., 2.]).view(-1, *[1] * (len(shape) - 1)))
     x = torch.ones(2, 3)
     assert torch.equal(x * (s * .5 / 2), x * s / 4) and torch.equal(x * (s * s), x * s * s)
+
+
+# --- what a real card asks for ---
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    "Counts what makes the CPU wait for a device."
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "item", "is_nonzero", "equal")
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_reads_nothing_from_the_device(adapted):
+    named = embeds(adapted)
+    with Reads() as stock: sample(adapted, guidance_scale=5.0)
+    for rule in (ParallelRescale(), PersonalizationGuidance(omega=lambda u: u), every(ParallelRescale(), 2)):
+        with guided(adapted.unet, rule, named, scheduler=adapted.scheduler):
+            with Reads() as ours: sample(adapted)
+        assert ours.count <= stock.count, rule
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_does_not_wait_on_cuda():
+    pipe = load_tiny_sdxl(device="cuda")
+    add_lora(pipe.unet, "dog", ATTENTION)
+    pipe.unet.to("cuda")
+    def watch(pipe, i, t, kwargs): torch.cuda.set_sync_debug_mode("error" if i < STEPS - 2 else "default"); return kwargs
+    named = embeds(pipe, 1)
+    try:
+        with guided(pipe.unet, ParallelRescale(), named, scheduler=pipe.scheduler):
+            pipe("", num_inference_steps=STEPS, guidance_scale=1.0, output_type="latent", callback_on_step_end=watch)
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_rows", [1, 2, 4, 5, 100])
+def test_rows_in_several_calls(adapted, max_rows):
+    args, rows, seen = call_arguments(3), [], {}
+    named = {k: PromptEmbeds(args["encoder_hidden_states"].roll(i, 0), args["added_cond_kwargs"]["text_embeds"]) for i, k in enumerate(("null", "base", "subject"))}
+    def keep(i, n, t, predictions, combined): seen.setdefault("all", []).append(predictions)
+    with guided(adapted.unet, ParallelRescale(), named, on_step=keep): adapted.unet(**args)
+    hook = adapted.unet.conv_in.register_forward_pre_hook(lambda m, a: rows.append(len(a[0])))
+    with guided(adapted.unet, ParallelRescale(), named, max_rows=max_rows, on_step=keep): adapted.unet(**args)
+    hook.remove()
+    assert sum(rows) == 9 and max(rows) <= max_rows and len(rows) == math.ceil(9 / max_rows)
+    one, many = seen["all"]                         # differently shaped matrix products round differently
+    for key in one: assert torch.allclose(one[key], many[key], rtol=1e-5, atol=1e-5 * one[key].abs().max().item())
+
+
+def test_max_rows_is_checked(pipe):
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="max_rows must be"):
+            with guided(pipe.unet, CFG(adapter=0), embeds(pipe), max_rows=bad): pass
+    with pytest.warns(FutureWarning, match="max_rows=1"):
+        with guided(pipe.unet, CFG(adapter=0), embeds(pipe), batched=False): pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_that_came_in_goes_out(dtype):
+    class Upcasts(_Middle):
+        def combine(self, base, null): return base.double()
+    unet = load_tiny_sdxl(device="cpu").unet.to(dtype)
+    args = call_arguments(2, dtype=dtype)
+    same = PromptEmbeds(args["encoder_hidden_states"], args["added_cond_kwargs"]["text_embeds"])
+    with guided(unet, Upcasts(), {"base": same, "null": same}): assert unet(**args).sample.dtype == dtype
+    x = torch.randn(2, 3).to(dtype)                 # 0.3 is no number of this dtype: rounded once, as PEFT's number is
+    assert torch.equal(x * RowScale(torch.tensor([.3, .3])), x * .3)
+
+
+def test_layers_are_looked_for_once():
+    pipe = load_tiny_sdxl(device="cpu")
+    add_lora(pipe.unet, "dog", ATTENTION)
+    walks, modules = [], pipe.unet.modules
+    pipe.unet.modules = lambda: walks.append(1) or modules()
+    for _ in range(3):
+        with adapter_rows(pipe.unet, 0.): pass
+    assert len(walks) == 1
+    del pipe.unet.modules
+    first = adapter_layers(pipe.unet)
+    add_lora(pipe.unet, "cat", EVERYWHERE)
+    assert len(adapter_layers(pipe.unet)) > len(first)
+    pipe.unet.delete_adapters("cat")
+    assert all("cat" not in layer.scaling for layer in adapter_layers(pipe.unet))
+    pipe.unload_lora_weights()
+    assert adapter_layers(pipe.unet) == []
+
+
+@torch.no_grad()
+def test_weights_parked_on_meta():
+    from accelerate import cpu_offload
+    pipe = load_tiny_sdxl(device="cpu")
+    add_lora(pipe.unet, "dog", ATTENTION)
+    args = call_arguments(2)
+    with adapter_rows(pipe.unet, [0, .3]): expected = pipe.unet(**args).sample
+    cpu_offload(pipe.unet, execution_device="cpu")
+    with adapter_rows(pipe.unet, [0, .3]): assert torch.allclose(pipe.unet(**args).sample, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_conditions_that_depend_on_the_prompt(pipe):
+    args = call_arguments(2)
+    with pytest.raises(ValueError, match="ControlNet"):
+        with guided(pipe.unet, CFG(adapter=0), embeds(pipe)): pipe.unet(**args, down_block_additional_residuals=[], mid_block_additional_residual=torch.zeros(2, 128, 4, 4))
+    args["added_cond_kwargs"]["image_embeds"] = [torch.zeros(2, 1, 8)]
+    with pytest.raises(ValueError, match="null prompt has no image"):
+        with guided(pipe.unet, CFG(adapter=0), embeds(pipe)): pipe.unet(**args)
+
+
+def test_a_bad_step_is_told_on_exit(pipe):
+    args, reached = call_arguments(2), []
+    with pytest.raises(FloatingPointError, match="step 500 of 1001.*latents"):
+        with torch.no_grad(), guided(pipe.unet, CFG(adapter=0), embeds(pipe)):
+            pipe.unet(**args | {"sample": args["sample"] * math.nan})
+            reached.append(1)                       # the step itself does not wait for the answer
+    assert reached

@@ -98,7 +98,7 @@ def test_prompt_embeds(pipe):
 
 def test_signature():
     ours, parents = (list(inspect.signature(c.__call__).parameters) for c in (SubjectPipeline, StableDiffusionXLPipeline))
-    assert [p for p in ours if p in parents] == parents and set(ours) - set(parents) == {"guidance", "base_prompt", "prompts", "record", "batched"}
+    assert [p for p in ours if p in parents] == parents and set(ours) - set(parents) == {"guidance", "base_prompt", "prompts", "record", "max_rows", "batched"}
 
 
 def test_arguments_by_position(pipe):
@@ -117,7 +117,7 @@ def test_a_rule_is_the_denoiser_in_a_stock_pipeline(pipe, folders, rule):
     named = encode_prompts(other, {"null": "", "base": "a dog on the beach", "subject": PROMPT})
     with guided(other.unet, rule, named, scheduler=other.scheduler): expected = draw(other, "ignored", guidance_scale=1.0)
     assert torch.allclose(draw(pipe, guidance=rule), expected, atol=1e-5)
-    assert torch.allclose(draw(pipe, guidance=rule, batched=False), expected, atol=1e-2 * expected.abs().max().item())
+    assert torch.allclose(draw(pipe, guidance=rule, max_rows=1), expected, atol=1e-2 * expected.abs().max().item())
 
 
 def test_pictures_do_not_depend_on_their_company(pipe):
@@ -344,7 +344,7 @@ def test_a_prompt_without_the_token(pipe):
 
 
 def test_arguments_that_could_not_act(pipe):
-    for kwargs in (dict(base_prompt="a dog"), dict(record=[]), dict(batched=False), dict(prompts={})):
+    for kwargs in (dict(base_prompt="a dog"), dict(record=[]), dict(max_rows=1), dict(prompts={})):
         with pytest.raises(ValueError, match=next(iter(kwargs))): draw(pipe, **kwargs)
     for kwargs in (dict(guidance_scale=7.0), dict(guidance_rescale=.7)):
         with pytest.raises(ValueError, match=next(iter(kwargs))): draw(pipe, guidance=ParallelRescale(), **kwargs)
@@ -372,4 +372,4 @@ def test_made_for_another_model(folders, tmp_path):
 def test_not_a_number(folders):
     pipe = load_tiny_sdxl(SubjectPipeline, device="cpu").load_subject(folders / "dog")
     next(p for k, p in pipe.unet.named_parameters() if "lora_B" in k).data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="step 0 of 3.*'subject'"): draw(pipe, guidance=ParallelRescale(), batched=False)
+    with pytest.raises(FloatingPointError, match="step 0 of 3.*'subject'"): draw(pipe, guidance=ParallelRescale(), max_rows=1)

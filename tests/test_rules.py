@@ -528,3 +528,49 @@ def test_plot_ratio():
     assert ax.xaxis_inverted() and len(ax.get_legend().get_texts()) == 2
     assert len(plot_ratio(run).lines) == 2
     with pytest.raises(ValueError, match="no records"): plot_ratio([])
+
+
+# ---------------------------------------------------------------- the register, and rules from elsewhere
+
+
+def test_a_rule_in_a_file_with_text_annotations(tmp_path, monkeypatch):
+    (tmp_path / "their_rule.py").write_text("""from __future__ import annotations
+from dataclasses import dataclass
+from parallel_rescale.guidance import Adapter, Branch, Guidance, Scale
+from parallel_rescale import guidance as g
+
+@dataclass(frozen=True, repr=False)
+class Theirs(Guidance):
+    name = "theirs_with_text_annotations"
+    scale: Scale = 2.
+    more: g.Scale = 1.
+    weak: Adapter = "subject"
+    branches = Branch("null"), Branch("base")
+    def combine(self, null, base): return null + self.scale * self.more * (base - null)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        from their_rule import Theirs
+        assert rule("theirs_with_text_annotations:scale=3").scale == 3.
+        for bad in (dict(scale="much"), dict(more=math.nan), dict(weak=math.inf)):
+            with pytest.raises(ValueError, match="Theirs"): Theirs(**bad)
+        assert Theirs().weak == {"subject": 1.}
+        assert Theirs(lambda u: 4 * u, lambda u: 1 - u).at(.25) == Theirs(1., .75)
+        assert label(Theirs(3.)) == "theirs with text annotations 3/1"
+    finally: RULES.pop("theirs_with_text_annotations", None)
+
+
+def test_signatures_tell_functions_apart():
+    up, down = ParallelRescale(lambda u: 7 * u), ParallelRescale(lambda u: 7 * (1 - u))
+    assert repr(up.at(0.)) != repr(down.at(0.)) and up.signature() != down.signature()
+    assert up.signature() == ParallelRescale(lambda progress: 7 * progress).signature()      # the same values, whoever wrote them
+    assert every(up, 2).signature() != every(down, 2).signature() != up.signature()
+    for c in RULES.values(): assert c().signature() == repr(c())
+
+
+def test_every_rule_is_known_whatever_was_imported():
+    import subprocess, sys
+    code = "from parallel_rescale.guidance import rule; print(type(rule('focus')).__name__, type(rule('several')).__name__, type(rule('style_contrast')).__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["Focus", "SeveralSubjects", "StyleContrast"]
+    code = "from parallel_rescale import RULES; print(*RULES)"
+    assert set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()) >= {"cfg", "focus", "several"}
