@@ -143,6 +143,9 @@ _Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 _Seed = Annotated[int, typer.Option(help="Of the first picture's noise; the next pictures take the numbers after it.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at --output.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
+_MaxRows = Annotated[Optional[int], typer.Option(min=1, help="Rows (pictures × predictions) in one UNet call: fewer need less memory. Default: all.", show_default=False)]
+_MaxRows = Annotated[Optional[int], typer.Option(min=1, show_default=False,
+    help="Rows (pictures × predictions) in one UNet call: fewer need less memory. Default: all.")]
 _OneByOne = Annotated[bool, typer.Option("--one-by-one", help="Evaluate a rule's branches one after the other: slower, for small cards.")]
 _Negative = Annotated[Optional[str], typer.Option(help="What the null prompt says instead of nothing.", show_default=False)]
 _BasePrompt = Annotated[Optional[str], typer.Option(help="What the base model is told. Default: the prompt with the class noun for the token.", show_default=False)]
@@ -163,14 +166,14 @@ def sample(subject: _SubjectFolder, prompt: _Prompt,
            num_images: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 1,
            seed: _Seed = 0, steps: _Steps = 30, negative_prompt: _Negative = None, base_prompt: _BasePrompt = None,
            width: _Side = None, height: _Side = None, base: _Base = None, device: _Device = None, dtype: _Dtype = None,
-           batch_size: _BatchSize = 4, one_by_one: _OneByOne = False, overwrite: _Overwrite = False):
+           batch_size: _BatchSize = 4, max_rows: _MaxRows = None, one_by_one: _OneByOne = False, overwrite: _Overwrite = False):
     "Draw a subject with one guidance rule."
     (guidance,), seeds = parse_rules([rule]), seeds_of(seed, num_images)
     files = [output if num_images == 1 else output.with_stem(f"{output.stem}_{s}") for s in seeds]
     files = [picture_file(file, overwrite) for file in files]
     pipe = load_pipeline(subject, base, device, dtype)
     pictures = draw(pipe, [_filled(prompt, pipe)] * num_images, seeds, guidance, batch_size, num_inference_steps=steps, negative_prompt=negative_prompt,
-                    base_prompt=base_prompt, width=width, height=height, batched=not one_by_one)
+                    base_prompt=base_prompt, width=width, height=height, max_rows=1 if one_by_one else max_rows)
     for picture, file in zip(pictures, files): save_picture(picture, file)
 
 def _filled(prompt, pipe):
@@ -190,7 +193,7 @@ def compare(subject: _SubjectFolder, prompt: _Prompt,
             num_seeds: Annotated[int, typer.Option(min=1, help="Rows.")] = 3,
             seed: _Seed = 0, steps: _Steps = 30, negative_prompt: _Negative = None, base_prompt: _BasePrompt = None,
             width: _Side = None, height: _Side = None, base: _Base = None, device: _Device = None, dtype: _Dtype = None,
-            batch_size: _BatchSize = 4, one_by_one: _OneByOne = False, overwrite: _Overwrite = False):
+            batch_size: _BatchSize = 4, max_rows: _MaxRows = None, one_by_one: _OneByOne = False, overwrite: _Overwrite = False):
     "Draw one prompt with several rules, side by side."
     from parallel_rescale.plot import image_grid
     rules, seeds = parse_rules(rule or _DEFAULT_RULES), seeds_of(seed, num_seeds)
@@ -198,7 +201,7 @@ def compare(subject: _SubjectFolder, prompt: _Prompt,
     pipe = load_pipeline(subject, base, device, dtype)
     prompt = _filled(prompt, pipe)
     columns = [draw(pipe, [prompt] * num_seeds, seeds, guidance, batch_size, num_inference_steps=steps, negative_prompt=negative_prompt,
-                    base_prompt=base_prompt, width=width, height=height, batched=not one_by_one) for guidance in rules]
+                    base_prompt=base_prompt, width=width, height=height, max_rows=1 if one_by_one else max_rows) for guidance in rules]
     scale = max(1, round(128 / columns[0][0].width))
     grid = image_grid(list(zip(*columns)), [f"seed {s}" for s in seeds], [_name(guidance) for guidance in rules], title=prompt, scale=scale)
     save_picture(grid, file)
@@ -304,7 +307,7 @@ def evaluate(subjects: Annotated[list[str], typer.Argument(help="Saved subjects:
              scorer: Annotated[Optional[list[str]], typer.Option(help="judge, oracle, leak, clip, dino, siglip; a model after a colon. Default: judge.", show_default=False)] = None,
              output: Annotated[Path, typer.Option(help="Results folder; the same evaluation goes on in it.")] = Path("runs/evaluation"),
              num_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4, steps: _Steps = 30, negative_prompt: _Negative = None,
-             base: _Base = None, device: _Device = None, dtype: _Dtype = None, batch_size: _BatchSize = 16,
+             base: _Base = None, device: _Device = None, dtype: _Dtype = None, batch_size: _BatchSize = 16, max_rows: _MaxRows = None,
              images: Annotated[Optional[str], typer.Option(help="png or webp keeps the pictures.", show_default=False)] = None,
              ray: Annotated[Optional[str], typer.Option(help="Address of a Ray cluster, or 'local'.", show_default=False)] = None,
              workers: Annotated[Optional[int], typer.Option(help="Of Ray.", show_default=False)] = None):
@@ -314,7 +317,7 @@ def evaluate(subjects: Annotated[list[str], typer.Argument(help="Saved subjects:
     from parallel_rescale.analysis import report, summary_table
     pairs = [(folder, pictures) if pictures else folder for folder, _, pictures in (text.partition("=") for text in subjects)]
     table = run(pairs, prompts, rule or _DEFAULT_RULES, num_seeds, scorer or ["judge"], output, base=base, steps=steps, negative_prompt=negative_prompt,
-                batch_size=batch_size, images=images, device=device, dtype=dtype, ray=True if ray == "local" else ray, workers=workers)
+                batch_size=batch_size, max_rows=max_rows, images=images, device=device, dtype=dtype, ray=True if ray == "local" else ray, workers=workers)
     if int(os.environ.get("RANK", 0)) == 0:                     # one of several processes writes the report
         typer.echo(f"{summary_table(table)}\n{report(output)}")
 

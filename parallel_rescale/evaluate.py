@@ -95,7 +95,7 @@ class Worker:
         style = {"reference": case.style_prompt, "subject_reference": case.style_prompt}
         further = {b.prompt: style[b.prompt] for b in rule.branches if b.prompt in style} or None
         return self.pipe([subject_prompt(p.text, token) for p in prompts], guidance=rule, base_prompt=[base_prompt(p.text, noun) for p in prompts],
-                         prompts=further, generator=[torch.Generator().manual_seed(n) for n in noise], **self.plan.sampler).images
+                         prompts=further, generator=[torch.Generator().manual_seed(n) for n in noise], max_rows=self.plan.max_rows, **self.plan.sampler).images
 
     def place(self, case):
         "Load the case's subject in place of another's."
@@ -198,6 +198,7 @@ def evaluate(subjects, # saved subjects: see `grid.as_cases`
              *, base=None, # default: the model the subjects were made for
              steps=30, height=None, width=None, negative_prompt=None, # of the sampling
              batch_size=16, # pictures drawn at a time
+             max_rows=None, # rows (pictures × branches) in one UNet call, for small cards; None: all
              images=None, # "png" or "webp" keeps the pictures
              device=None, dtype=None, threads=None, # default: CUDA where there is one; float16 for SDXL on it; torch's number, on Ray `cpus_per_worker`
              ray=None, # True, or the address of a Ray cluster
@@ -211,7 +212,7 @@ def evaluate(subjects, # saved subjects: see `grid.as_cases`
     if ray and threads is None: threads = max(1, int(cpus_per_worker))
     if ray and state: raise ValueError("ray: this is one of several processes of accelerate already; use one of the two")
     plan = make_plan(subjects, prompts, rules, seeds, scorers, base=base, steps=steps, height=height, width=width, negative_prompt=negative_prompt, batch_size=batch_size,
-                     images=images, device=str(state.device) if state else device, dtype=dtype, threads=threads)
+                     images=images, device=str(state.device) if state else device, dtype=dtype, max_rows=max_rows, threads=threads)
     manifest, first = plan.manifest(), state is None or state.is_main_process
     if first: open_results(output, manifest)
     if state: state.wait_for_everyone()

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from . import RULES                # all rules are known from here on
+from .denoiser import checked_rows
 from .guidance import Guidance, label, rule as parse_rule
 from .judge import JUDGE_FILE
 from .dco import native_resolution
@@ -160,7 +161,9 @@ def fingerprint(*paths, images=()) -> str:
     for image in images: digest.update(f"{image.size}".encode() + image.tobytes())
     return digest.hexdigest()[:16] if files or images else ""
 
-def _plain(value): return re.sub(r" at 0x[0-9a-f]+", "", repr(value))    # where a function lies in memory says nothing
+def _plain(value):
+    "A rule or a scorer in words that tell any two apart; where a function lies in memory says nothing."
+    return re.sub(r" at 0x[0-9a-f]+", "", value.signature() if isinstance(value, Guidance) else repr(value))
 
 @dataclass(eq=False)
 class Plan:
@@ -177,6 +180,7 @@ class Plan:
     device: str
     dtype: str
     loading: dict                    # how the base was loaded when the subjects were made: variant, revision, vae
+    max_rows: int | None             # rows in one UNet call
     threads: int                     # of each process, on the CPU: sums depend on how they are cut
 
     def jobs(self): return plan(list(self.cases), list(self.rules), len(self.prompts), self.seeds, self.batch_size)
@@ -203,7 +207,7 @@ def check_size(scorer: str, base: str, sampler: dict):
         raise ValueError(f"scorers: {scorer!r} is TinyWorld's judge and looks at {SIZE}×{SIZE} pictures, and {base} will draw {width}×{height}; use scorers=('clip', 'dino')")
 
 def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4, scorers=("judge",), *, base=None, steps=30,
-              height=None, width=None, negative_prompt=None, batch_size=16, images=None, device=None, dtype=None, threads=None) -> Plan:
+              height=None, width=None, negative_prompt=None, batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None) -> Plan:
     "A `Plan` from the arguments of `evaluate.evaluate`, after a look at each."
     cases = as_cases(subjects)
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
@@ -222,7 +226,7 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
     made = [scorer(s, device) for s in ([scorers] if isinstance(scorers, str) or callable(scorers) else scorers)]
     if tiny := [s.name for s in made if isinstance(s, _TinyWorld)]: check_size(tiny[0], base, sampler)
     return Plan({c.references.name: c for c in cases}, prompts, rules, seeds, made, base, sampler, batch_size, images, str(device),
-                check_name("dtype", dtype, ("float32", "float16", "bfloat16")), loading, threads or torch.get_num_threads())
+                check_name("dtype", dtype, ("float32", "float16", "bfloat16")), loading, checked_rows(max_rows), threads or torch.get_num_threads())
 
 # %% ../nbs/10a_grid.ipynb #c027
 MANIFEST, PARTS, SCORES = "manifest.json", "parts", "scores.csv"

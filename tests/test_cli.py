@@ -91,7 +91,7 @@ def test_sample_writes_pictures_that_depend_on_their_seed_alone(subject, tmp_pat
 def test_sample_takes_the_pipelines_options(subject, tmp_path):
     picture = tmp_path / "new" / "folder" / "picture.webp"
     ok("sample", subject, "a photo of a <pixel>", "--rule", "cfg:scale=3", "--negative-prompt", "a sketch", "--base-prompt", "a photo of a dog",
-       "--width", 80, "--height", 64, "--one-by-one", "--output", picture, *STEPS)
+       "--width", 80, "--height", 64, "--max-rows", 2, "--output", picture, *STEPS)
     assert Image.open(picture).size == (80, 64)
     assert "--overwrite" in refused("sample", subject, "a <pixel>", "--output", picture, *STEPS)
     ok("sample", subject, "a <pixel>", "--output", picture, "--overwrite", *STEPS)

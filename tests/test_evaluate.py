@@ -687,3 +687,17 @@ def test_tradeoff_plot():
     axes = plot_tradeoff(pd.concat([TABLE, truth]))
     labels = [t.get_text() for t in axes.get_legend().get_texts()]
     assert labels == ["consistency", "parallel rescaling", "true renders"] and axes.get_xlabel() == "style probability"
+
+
+def test_two_functions_are_two_evaluations_and_rows_are_not(cases):
+    from parallel_rescale import ConsistencyGuidance
+    def manifest(scale, **more): return make_plan(cases, ["a {subject}"], {"r": ConsistencyGuidance(scale, 1.)}, seeds=1, steps=2, **more).manifest()
+    assert manifest(lambda p: 1 + p) != manifest(lambda p: 2 + p) and manifest(lambda p: 1 + p) == manifest(lambda q: 1 + q)
+    assert manifest(3.) == manifest(3., max_rows=2)                       # how a call is cut changes no picture
+    with pytest.raises(ValueError, match="max_rows"): manifest(3., max_rows=0)
+
+
+def test_rows_in_one_call_change_no_score(cases, tmp_path):
+    options = dict(prompts=["a photo of a {subject}", "a sketch of a {subject}"], rules=["parallel_rescale:text=3,consistency=2"], seeds=1, steps=2, progress=False)
+    whole, cut = (evaluate(cases[:1], **options, max_rows=n, output=tmp_path / str(n)) for n in (None, 3))
+    assert np.allclose(whole["class"], cut["class"], atol=1e-3)
