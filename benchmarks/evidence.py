@@ -78,7 +78,8 @@ def parts():
              (("centre", dict(ratio="center")), ("whole", dict(whole=True)), ("size", dict(ratio="scale"))) for w in weights}
     rules |= {f"consistency {TEXT:g}/{w:g}, late push": ConsistencyGuidance(TEXT, between(1 / 3, 1.1, w)) for w in weights}
     rules |= {f"consistency {TEXT:g}/{w:g}, interval": interval(ConsistencyGuidance(TEXT, w), .2, .8) for w in (1.0, 2.0)}
-    return rules | {label(r): r for r in (TextFloor(TEXT, 4.0), OwnWords(TEXT, 2.0), AutoGuidance(2.1), NegativeStyle(TEXT, 2.0, .25))}
+    rules["negative style 3/2, a quarter"] = NegativeStyle(TEXT, 2.0, .25)
+    return rules | {label(r): r for r in (TextFloor(TEXT, 4.0), OwnWords(TEXT, 2.0), AutoGuidance(2.1))}
 
 
 def captions():

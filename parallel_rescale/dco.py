@@ -346,6 +346,8 @@ def check_combinations(s):
     if not s.rank and not s.train_text_encoder_ti: raise ValueError("rank=0 and train_text_encoder_ti=False: nothing is left to train")
     if s.loss == 'dco' and s.snr_gamma is not None: raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
     if s.loss == 'dco' and s.prior_loss_weight: raise ValueError("prior_loss_weight: belongs to the dreambooth loss; DCO keeps the prior by itself")
+    if s.prior_loss_weight and not s.train_text_encoder_ti:
+        warnings.warn(f"prior_loss_weight: {s.token} begins as the word {s.class_noun!r} and is not trained, so one prompt asks for the subject and for its class; train_text_encoder_ti=True tells them apart")
     if s.class_data_dir and not s.prior_loss_weight: raise ValueError("class_data_dir: does nothing at prior_loss_weight=0; 1.0 is usual")
     if s.validation_steps and not s.validation_prompt: raise ValueError("validation_steps: needs a validation_prompt such as 'a {subject} in the snow'")
     if s.batched and s.loss != 'dco': raise ValueError("batched=True: joins the predictions of φ and θ, and only the dco loss uses φ")
