@@ -8,9 +8,11 @@ __all__ = ['Scale', 'Adapter', 'RULES', 'Branch', 'check_share', 'Guidance', 'CF
            'rule', 'label']
 
 # %% ../nbs/05_guidance.ipynb #c002
-import math
+import inspect, math, sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib import import_module
 from itertools import takewhile
 from typing import ClassVar
 
@@ -63,10 +65,24 @@ class Branch:
 # %% ../nbs/05_guidance.ipynb #c014
 _CHECKS = {Scale: _number, Adapter: _adapter}
 
+def _resolved(cls, field):
+    "A field's type. A text, as under `from __future__ import annotations`, means what its class's own module says it means."
+    if not isinstance(field.type, str): return field.type
+    owner = next(c for c in cls.__mro__ if field.name in inspect.get_annotations(c))
+    try: return eval(field.type, {"Scale": Scale, "Adapter": Adapter} | vars(sys.modules[owner.__module__]))
+    except (NameError, AttributeError): return field.type      # a name for type checkers alone is no scale
+
+@cache
+def _scale_fields(cls) -> dict:
+    "Field name → `Scale` or `Adapter`, of those fields of a rule that are one."
+    types = {f.name: _resolved(cls, f) for f in fields(cls)}
+    return {name: kind for name, kind in types.items() if kind in (Scale, Adapter)}
+
 def check_share(rule, name):
     "ValueError where a rule's field is a number outside [0, 1]; a function of the progress is checked when it has a value."
     value = getattr(rule, name)
-    if not callable(value) and not 0 <= value <= 1: raise ValueError(f"{type(rule).__name__}: {name} must be in [0, 1], got {value!r}")
+    if not callable(value) and not 0 <= value <= 1:
+        raise ValueError(f"{type(rule).__name__}: {name} must be in [0, 1], got {value!r}")
 
 class Guidance:
     """A guidance rule: which predictions it needs (`branches`) and what it makes of them (`combine`).
@@ -79,17 +95,15 @@ class Guidance:
     anchor: ClassVar[int] = -1 # the branch that `every` evaluates between full steps
 
     def __post_init__(self):
-        for f, check in self._scales():
-            value = getattr(self, f.name)
-            if not callable(value): object.__setattr__(self, f.name, check(type(self).__name__, f.name, value))
+        for name, kind in _scale_fields(type(self)).items():
+            value = getattr(self, name)
+            if not callable(value): object.__setattr__(self, name, _CHECKS[kind](type(self).__name__, name, value))
 
-    def _scales(self): return [(f, _CHECKS[f.type]) for f in fields(self) if f.type in (Scale, Adapter)]
-
-    def _leading(self): return list(takewhile(lambda f: f.type in _CHECKS, fields(self)))
+    def _leading(self): return list(takewhile(lambda f: f.name in _scale_fields(type(self)), fields(self)))
 
     def at(self, progress: float) -> "Guidance":
         "This rule with every scale that is a function replaced by its value at `progress` in [0, 1]."
-        moving = {f.name: v(progress) for f, _ in self._scales() if callable(v := getattr(self, f.name))}
+        moving = {name: v(progress) for name in _scale_fields(type(self)) if callable(v := getattr(self, name))}
         return replace(self, **moving) if moving else self
 
     @property
@@ -359,9 +373,12 @@ def label(rule: Guidance) -> str:
     "A short name of a rule with its scales, for figures: 'parallel rescaling 7.5/3'; ƒ marks a scale that moves."
     if isinstance(rule, Interval): return f"{label(rule.rule)}, {rule.start:g}–{rule.stop:g}"
     if isinstance(rule, Every): return f"{label(rule.rule)}, every {rule.k}"
-    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if f.type is Scale)
+    kinds = _scale_fields(type(rule))
+    leading = [f.name for f in rule._leading() if kinds[f.name] == Scale]
+    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, name)) for name in leading)
     if isinstance(rule, CFG) and not rule.needs_subject: return text.replace("CFG", "base CFG")
     if isinstance(rule, AutoGuidance): return f"{text}, weak {_short(rule.weak)}"
     if isinstance(rule, ParallelRescale) and rule.ratio != "normalize": text += f", {rule.ratio}"
-    further = [f for f in fields(rule) if f.type is Scale and f not in rule._leading() and getattr(rule, f.name) != f.default]
-    return text + "".join(f", {f.name} {_short(getattr(rule, f.name))}" for f in further) + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")
+    further = [f.name for f in fields(rule) if kinds.get(f.name) == Scale and f.name not in leading and getattr(rule, f.name) != f.default]
+    text += "".join(f", {name} {_short(getattr(rule, name))}" for name in further)
+    return text + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")

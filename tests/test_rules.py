@@ -1,5 +1,6 @@
 """Properties of the guidance rules: the list of what must hold for the method, for every rule where it can be said of every rule."""
-import copy, math, pickle
+import copy, importlib, json, math, pickle, subprocess, sys
+from dataclasses import dataclass, fields
 
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
@@ -8,8 +9,8 @@ from parallel_rescale.cfg import cfg
 from parallel_rescale.projection import coefficient, project
 from parallel_rescale.consistency import consistency_guidance, consistency_ratio, ratio_summary
 from parallel_rescale.normalization import RATIOS, normalize_ratio, parallel_rescale
-from parallel_rescale.guidance import (RULES, AutoGuidance, Branch, CFG, ConsistencyGuidance, Guidance, OrthogonalOnly,
-                                       ParallelRescale, PersonalizationGuidance, every, interval, label, rule)
+from parallel_rescale.guidance import (RULES, Adapter, AutoGuidance, Branch, CFG, ConsistencyGuidance, Guidance, OrthogonalOnly,
+                                       ParallelRescale, PersonalizationGuidance, Scale, every, interval, label, rule)
 
 settings.register_profile("rules", max_examples=40, deadline=None)
 settings.load_profile("rules")
@@ -325,7 +326,7 @@ def test_base_cfg_needs_no_subject():
     assert not CFG(adapter=0).needs_subject and label(CFG(adapter=0)) == "base CFG 5"
 
 
-def scale_names(c): return [f.name for f, _ in c()._scales() if f.name not in ("adapter",)]
+def scale_names(c): return [f.name for f in fields(c) if f.type in (Scale, Adapter) and f.name != "adapter"]
 NAMED = [(n, s) for n, c in RULES.items() for s in scale_names(c)]
 
 
@@ -528,3 +529,40 @@ def test_plot_ratio():
     assert ax.xaxis_inverted() and len(ax.get_legend().get_texts()) == 2
     assert len(plot_ratio(run).lines) == 2
     with pytest.raises(ValueError, match="no records"): plot_ratio([])
+
+# ---------------------------------------------------------------- 12. a rule in a file of its own
+
+FOREIGN = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+import parallel_rescale.guidance as g
+from parallel_rescale.guidance import Adapter, ConsistencyGuidance, Scale
+if TYPE_CHECKING: from nowhere import Unknown
+
+@dataclass(frozen=True, repr=False)
+class Foreign(ConsistencyGuidance):
+    name = "foreign_{name}"
+    share: g.Scale = .5
+    other: Adapter = 1.
+    note: Unknown = None
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    (tmp_path / "foreign_rule.py").write_text(FOREIGN.replace("{name}", "file"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(RULES))
+    yield importlib.import_module("foreign_rule").Foreign
+    sys.modules.pop("foreign_rule")
+
+
+def test_annotations_that_are_texts_lose_nothing(foreign):
+    with pytest.raises(ValueError, match="Foreign: share"): foreign(share=math.nan)
+    with pytest.raises(ValueError, match="Foreign: text"): foreign(text="much")
+    with pytest.raises(ValueError, match=r"Foreign: other\['a'\]"): foreign(other={"a": math.inf})
+    moving = foreign(lambda u: 2 * u, share=lambda u: u, other=lambda u: 1 - u, note="any")
+    assert (moving.at(.5).text, moving.at(.5).share, moving.at(.25).other, moving.at(.5).note) == (1., .5, .75, "any")
+    assert label(foreign(5, 3, .2)) == "consistency 5/3/0.2"
+    assert repr(foreign()) == "Foreign(text=7.5, consistency=3.0, share=0.5, other=1.0)"
