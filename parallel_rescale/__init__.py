@@ -32,9 +32,8 @@ __all__ = list(_HOME)
 
 def __getattr__(name):
     if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("rule", "RULES"):
-        for more in ("style_contrast", "adaptive", "several"): import_module(f"{__name__}.{more}")  # they add their rules to those of `guidance`
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    value = module.known_rules() if name == "RULES" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .cfg import cfg
-from .guidance import Branch, ConsistencyGuidance, Guidance, RULES, Scale, check_share
+from .guidance import Branch, ConsistencyGuidance, Guidance, Scale, check_share
 from .projection import coefficient
 from .style_contrast import StyleContrast
 
@@ -47,8 +47,6 @@ class TextFloor(Guidance):
         weight = bearable(g_cons, g_text, self.text, self.consistency, self.keep)
         return cfg(null, base, self.text) + (weight * g_cons).to(g_cons.dtype)
 
-RULES[TextFloor.name] = TextFloor
-
 # %% ../nbs/05d_adaptive.ipynb #c012
 @dataclass(frozen=True, repr=False)
 class OwnWords(Guidance):
@@ -63,8 +61,6 @@ class OwnWords(Guidance):
 
     def combine(self, null, base, reference, subject_reference):
         return cfg(null, base, self.text) + self.consistency * (subject_reference - reference)
-
-RULES[OwnWords.name] = OwnWords
 
 # %% ../nbs/05d_adaptive.ipynb #c016
 def strongest(g, # a direction [B, C, H, W]
@@ -95,8 +91,6 @@ class Focus(Guidance):
         where = strongest(subject.float() - base.float(), self.share)       # rounded differences would tie
         return cfg(null, base, self.text) + self.consistency * (subject - base) * where
 
-RULES[Focus.name] = Focus
-
 # %% ../nbs/05d_adaptive.ipynb #c024
 @dataclass(frozen=True, repr=False)
 class FocusedContrast(StyleContrast):
@@ -111,5 +105,3 @@ class FocusedContrast(StyleContrast):
     def combine(self, null, base, reference, subject):
         where = strongest(subject.float() - base.float(), self.share)
         return cfg(null, base, self.text) + self.consistency * self.direction(subject - base, reference - base, base - null) * where
-
-RULES[FocusedContrast.name] = FocusedContrast

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Scale', 'Adapter', 'RULES', 'Branch', 'check_share', 'Guidance', 'CFG', 'ConsistencyGuidance', 'ParallelRescale',
            'OrthogonalOnly', 'AutoGuidance', 'PersonalizationGuidance', 'Interval', 'interval', 'Every', 'every',
-           'rule', 'label']
+           'known_rules', 'rule', 'label']
 
 # %% ../nbs/05_guidance.ipynb #c002
 import inspect, math, sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from importlib import import_module
 from itertools import takewhile
@@ -75,7 +75,7 @@ def _resolved(cls, field):
 @cache
 def _scale_fields(cls) -> dict:
     "Field name → `Scale` or `Adapter`, of those fields of a rule that are one."
-    types = {f.name: _resolved(cls, f) for f in fields(cls)}
+    types = {f.name: _resolved(cls, f) for f in (fields(cls) if is_dataclass(cls) else ())}
     return {name: kind for name, kind in types.items() if kind in (Scale, Adapter)}
 
 def check_share(rule, name):
@@ -84,15 +84,39 @@ def check_share(rule, name):
     if not callable(value) and not 0 <= value <= 1:
         raise ValueError(f"{type(rule).__name__}: {name} must be in [0, 1], got {value!r}")
 
+def _plain(value):
+    "A field's value as JSON can have it; what has no such form is told by its name or its text."
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, Guidance): return value.signature()
+    if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)): return [_plain(v) for v in value]
+    return getattr(value, "__qualname__", None) or repr(value)
+
+RULES = {} # name → class of every rule made so far; see `known_rules`
+
+def _register(cls):
+    "Put a rule into `RULES`. A class made again takes its old place, and a notebook's version goes before its module's."
+    known = RULES.get(cls.name, cls)
+    modules = {cls.__module__, known.__module__}
+    if cls.__qualname__ != known.__qualname__ or len(modules - {"__main__"}) > 1:
+        raise ValueError(f"guidance rule {cls.name!r}: {cls.__module__}.{cls.__qualname__} would take the name of "
+                         f"{known.__module__}.{known.__qualname__}; give it another `name`")
+    if cls.__module__ == "__main__" or known.__module__ != "__main__": RULES[cls.name] = cls
+
 class Guidance:
     """A guidance rule: which predictions it needs (`branches`) and what it makes of them (`combine`).
 
     A rule is a frozen dataclass. Fields annotated `Scale` or `Adapter` take a number or a function
-    of the progress 0 → 1; everything below follows from the annotations."""
+    of the progress 0 → 1; everything below follows from the annotations. A subclass that has a `name`
+    of its own is in `RULES` from then on; one whose class name begins with an underscore is not."""
     name: ClassVar[str] # the key in `RULES`
     title: ClassVar[str] = "" # how figures and tables call it; default: its name
     color: ClassVar[str] = "0.45" # of its curves, in every figure; Okabe & Ito's palette, which colour-blind readers can tell apart too
     anchor: ClassVar[int] = -1 # the branch that `every` evaluates between full steps
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if isinstance(vars(cls).get("name"), str) and not cls.__name__.startswith("_"): _register(cls)
 
     def __post_init__(self):
         for name, kind in _scale_fields(type(self)).items():
@@ -119,6 +143,17 @@ class Guidance:
         "(branches, combine) for step `i` of `n`; `memory` is a dict that lives for one sampling run."
         rule = self.at(i / max(n - 1, 1))
         return rule.branches, rule.combine
+
+    def signature(self) -> dict:
+        """What makes this rule what it is, ready for JSON: its class and the value of every field.
+
+        A scale that is a function gives its values at the progress 0, .25, .5, .75 and 1: two functions that look alike in `repr` do not here."""
+        moments = [self.at(u) for u in (0., .25, .5, .75, 1.)]
+        def value(name):
+            mine = getattr(self, name)
+            return [_plain(getattr(m, name)) for m in moments] if callable(mine) and name in _scale_fields(type(self)) else _plain(mine)
+        names = [f.name for f in fields(self)] if is_dataclass(self) else []
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}"} | {name: value(name) for name in names}
 
     @property
     def label(self) -> str:
@@ -333,7 +368,10 @@ def every(rule: Guidance, k: int) -> Guidance:
     return Every(rule, k)
 
 # %% ../nbs/05_guidance.ipynb #c046
-RULES = {c.name: c for c in (CFG, ConsistencyGuidance, ParallelRescale, OrthogonalOnly, AutoGuidance, PersonalizationGuidance)}
+def known_rules() -> dict[str, type[Guidance]]:
+    "`RULES`, with all rules of this package in it, whatever was imported before."
+    for module in ("style_contrast", "adaptive", "several"): import_module(f"parallel_rescale.{module}")
+    return RULES
 
 def _value(text):
     "What the text of one argument means: a truth value, a number, or a name."
@@ -342,7 +380,7 @@ def _value(text):
     except ValueError: return text
 
 # %% ../nbs/05_guidance.ipynb #c047
-def rule(spec: str, /, # a name of `RULES`, or "name:argument=value,…"
+def rule(spec: str, /, # a name of `known_rules()`, or "name:argument=value,…"
          **arguments, # more arguments; they win over those in `spec`
         ) -> Guidance:
     """The guidance rule that `spec` names, as in `rule("parallel_rescale:text=3,consistency=2")`.
@@ -350,7 +388,7 @@ def rule(spec: str, /, # a name of `RULES`, or "name:argument=value,…"
     Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and `interval`."""
     name, _, rest = spec.partition(":")
     name = name.strip().replace("-", "_")
-    check_name("guidance rule", name, RULES)
+    check_name("guidance rule", name, known_rules())
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals: raise ValueError(f"{spec!r}: expected argument=value, got {part!r}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .cfg import cfg
-from .guidance import Branch, Guidance, RULES, Scale
+from .guidance import Branch, Guidance, Scale
 from .normalization import RATIOS, parallel_rescale
 from .projection import coefficient, project
 from .world import check_name
@@ -113,5 +113,3 @@ class SeveralSubjects(Guidance):
         pushes = [w * parallel_rescale(s - base, g_text, self.ratio) for w, s in zip(self.weights(base), subjects)]
         if self.against == "each other": pushes = without_conflict(pushes, g_text)
         return cfg(null, base, self.text) + sum(pushes)
-
-RULES[SeveralSubjects.name] = SeveralSubjects

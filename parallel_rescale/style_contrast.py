@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .cfg import cfg
-from .guidance import Branch, ConsistencyGuidance, Guidance, RULES, Scale
+from .guidance import Branch, ConsistencyGuidance, Guidance, Scale
 from .normalization import RATIOS, parallel_rescale
 from .world import check_name
 
@@ -62,8 +62,6 @@ class StyleContrast(_Contrast):
         rest = (g_cons.to(q.dtype) - q * g_style.to(q.dtype)).to(g_cons.dtype)
         return parallel_rescale(rest, g_text, self.ratio)
 
-RULES[StyleContrast.name] = StyleContrast
-
 # %% ../nbs/05c_style_contrast.ipynb #c017
 @dataclass(frozen=True, repr=False)
 class NegativeStyle(_Contrast):
@@ -76,8 +74,6 @@ class NegativeStyle(_Contrast):
     def direction(self, g_cons, g_style, g_text):
         "r of Eq. (3), in the shape and dtype of `g_cons`."
         return g_cons - self.amount * g_style
-
-RULES[NegativeStyle.name] = NegativeStyle
 
 # %% ../nbs/05c_style_contrast.ipynb #c024
 def reference_prompt(captions: Sequence[str] # of the references, with {subject}

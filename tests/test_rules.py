@@ -10,13 +10,14 @@ from parallel_rescale.projection import coefficient, project
 from parallel_rescale.consistency import consistency_guidance, consistency_ratio, ratio_summary
 from parallel_rescale.normalization import RATIOS, normalize_ratio, parallel_rescale
 from parallel_rescale.guidance import (RULES, Adapter, AutoGuidance, Branch, CFG, ConsistencyGuidance, Guidance, OrthogonalOnly,
-                                       ParallelRescale, PersonalizationGuidance, Scale, every, interval, label, rule)
+                                       ParallelRescale, PersonalizationGuidance, Scale, every, interval, known_rules, label, rule)
 
 settings.register_profile("rules", max_examples=40, deadline=None)
 settings.load_profile("rules")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALL = [pytest.param(c(), id=n) for n, c in RULES.items()]  # also those that other chapters have registered by now
+OWN = {n: c for n, c in known_rules().items() if c.__module__.startswith("parallel_rescale.")}   # other tests make rules too
+ALL = [pytest.param(c(), id=n) for n, c in OWN.items()]
 THREE = (ConsistencyGuidance, ParallelRescale, OrthogonalOnly)
 
 
@@ -242,7 +243,7 @@ def test_statistics_of_half_inputs_are_float32(dtype):
 
 
 def test_rules_leave_their_inputs_alone():
-    for c in RULES.values():
+    for c in OWN.values():
         r = c()
         vs = [torch.randn(1, 4, 4, 4) for _ in r.branches]
         kept = [v.clone() for v in vs]
@@ -327,7 +328,7 @@ def test_base_cfg_needs_no_subject():
 
 
 def scale_names(c): return [f.name for f in fields(c) if f.type in (Scale, Adapter) and f.name != "adapter"]
-NAMED = [(n, s) for n, c in RULES.items() for s in scale_names(c)]
+NAMED = [(n, s) for n, c in OWN.items() for s in scale_names(c)]
 
 
 @pytest.mark.parametrize("name,scale", NAMED)
@@ -447,7 +448,7 @@ def test_every_evaluates_one_branch_in_between(r, k):
     assert all(c == [anchor] for c in calls if len(c) == 1)
 
 
-@given(predictions(5), st.sampled_from(list(RULES)))
+@given(predictions(5), st.sampled_from(list(OWN)))
 def test_every_keeps_the_offset_from_the_anchor(vs, name):
     r, memory = RULES[name](), {}
     w, first, now = every(r, 2), vs[:len(r.branches)], vs[4]
@@ -566,3 +567,48 @@ def test_annotations_that_are_texts_lose_nothing(foreign):
     assert (moving.at(.5).text, moving.at(.5).share, moving.at(.25).other, moving.at(.5).note) == (1., .5, .75, "any")
     assert label(foreign(5, 3, .2)) == "consistency 5/3/0.2"
     assert repr(foreign()) == "Foreign(text=7.5, consistency=3.0, share=0.5, other=1.0)"
+
+
+def signature_from_json(r): return json.loads(json.dumps(r.signature()))
+
+
+@pytest.mark.parametrize("r", ALL)
+def test_a_signature_is_json_and_tells_rules_apart(r):
+    assert signature_from_json(r) == r.signature() == copy.deepcopy(r).signature() and r.signature()["class"].endswith(type(r).__name__)
+    for name in scale_names(type(r)):
+        made = [type(r)(**{name: scale}).signature() for scale in (.5, .25, lambda u: .5 * u, lambda u: .25 * u, lambda u: u / 2)]
+        assert made[2] == made[4] and made[0] != made[1] != made[2] != made[3]
+
+
+def test_a_signature_includes_the_rule_inside():
+    lambdas = [(lambda k: lambda u: k * u)(k) for k in (1, 2)]
+    one, two = (CFG(scale) for scale in lambdas)
+    assert one.signature() != two.signature() and one.signature() == CFG(lambda u: u).signature()
+    for wrap in (lambda r: every(r, 2), lambda r: interval(r, 0, .5), lambda r: every(interval(r, 0, .5), 3)):
+        assert signature_from_json(wrap(one)) != signature_from_json(wrap(two)) != wrap(CFG()).signature()
+    assert every(CFG(), 2).signature() != every(CFG(), 3).signature() != interval(CFG(), 0, .5).signature() != interval(CFG(), 0, .6).signature()
+    assert signature_from_json(AutoGuidance(weak={"a": .2})) != signature_from_json(AutoGuidance(weak={"a": .3}))
+
+
+def test_names_are_registered_where_the_class_is_made(monkeypatch):
+    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(known_rules()))
+    def made(qualname, module=__name__, **more):
+        return type(qualname, (CFG,), dict(__module__=module, __qualname__=qualname, **more))
+    first = made("Mine", name="mine")
+    assert rule("mine") == first()
+    assert type(rule("mine")) is not type(made("Mine", name="mine")()) is not first              # made again: the newer one
+    with pytest.raises(ValueError, match=r"'mine': .*Yours would take the name of .*Mine"): made("Yours", name="mine")
+    with pytest.raises(ValueError, match="CFG"): made("CFG", name="cfg", module="elsewhere")
+    notebook = made("Mine", name="mine", module="__main__")
+    made("Mine", name="mine")
+    assert type(rule("mine")) is notebook
+    made("_Hidden", name="hidden"), made("Nameless")
+    with pytest.raises(ValueError, match="unknown"): rule("hidden")
+
+
+@pytest.mark.parametrize("code", ["from parallel_rescale.guidance import rule, RULES; print(rule('focus').name, rule('several').name, len(RULES))",
+                                  "import parallel_rescale as p; print(p.rule('focus').name, p.rule('several').name, len(p.RULES))",
+                                  "from parallel_rescale import RULES; print('focus', 'several', len(RULES))"])
+def test_every_rule_is_known_whatever_was_imported(code):
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.split() == ["focus", "several", str(len(OWN))], said.stderr
