@@ -612,3 +612,27 @@ def test_names_are_registered_where_the_class_is_made(monkeypatch):
 def test_every_rule_is_known_whatever_was_imported(code):
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout.split() == ["focus", "several", str(len(OWN))], said.stderr
+
+# ---------------------------------------------------------------- 13. half precision, at every size
+
+HALF = ALL + [pytest.param(ParallelRescale(ratio=k, whole=w), id=f"{k}-{w}") for k in RATIOS for w in (False, True)] + [
+    pytest.param(every(ParallelRescale(), 1), id="every"), pytest.param(rule("style_contrast:whole=false"), id="contrast-each"),
+    pytest.param(rule("style_contrast:ratio=normalize"), id="contrast-normalize"), pytest.param(rule("several:subjects=a+b,against=each other"), id="each-other")]
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1., 30., 300.])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("r", HALF)
+def test_half_precision_is_float32_rounded(r, dtype, size):
+    """Predictions that differ as little or as much as half precision can say; 300 squared is beyond float16.
+
+    Every prediction carries a rounding of eps/2 of its size, so a direction is off by eps of it. Weights of up to 7.5 and 3, and a p̂
+    that rarely exceeds 4, enlarge that to some (7.5 + 3·(1 + 4))·eps; a few more roundings follow. Where a direction is divided
+    by its own length, the error is relative to the predictions no more than that."""
+    g = torch.Generator().manual_seed(0)
+    vs = [(size * torch.randn(2, 4, 8, 8, generator=g)).to(dtype) for _ in r.branches]
+    out, exact = r.combine(*vs), r.combine(*(v.float() for v in vs))
+    assert out.dtype == dtype and exact.isfinite().all() and out.isfinite().all()
+    where = exact.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps                 # the step of float16 near 0
+    assert ((out.float() - exact).abs() <= 25 * torch.finfo(dtype).eps * where + 50 * smallest).all()
