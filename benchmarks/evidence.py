@@ -158,7 +158,7 @@ def teach(work, ways, names, share=(0, 1)):
 
 
 @dataclass(frozen=True, repr=False)
-class Watch(Guidance):
+class _Watch(Guidance):
     "Consistency guidance that notes what g_cons is made of, beside a direction that holds no subject: an adapter that learned a thing of another class, asked for the class."
     name, title, anchor = "watch", "consistency, watched", 1
     text: float = TEXT
@@ -176,7 +176,7 @@ class Watch(Guidance):
 def watched(pipe, case, prompts):
     "A row for each step, direction and kind of prompt: means over pictures of p, its spread, the cosine and the sizes."
     name, token, noun = case, pipe.subjects["subject"].token, pipe.subjects["subject"].class_noun
-    rule = Watch()
+    rule = _Watch()
     pipe([subject_prompt(p.text, token) for p in prompts], base_prompt=[base_prompt(p.text, noun) for p in prompts], guidance=rule, num_inference_steps=20,
          generator=[torch.Generator().manual_seed(noise_seed(0, name, p.text)) for p in prompts], output_type="latent")
     rows = [dict(step=i // 2, direction=direction, kind=p.kind, p_mean=d["p"]["mean"][b], p_std=d["p"]["std"][b],

@@ -32,8 +32,8 @@ __all__ = list(_HOME)
 
 def __getattr__(name):
     if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name == "RULES": import_module(f"{__name__}.guidance").all_rules()      # with those of later chapters
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    value = module.known_rules() if name == "RULES" else getattr(module, name)
     globals()[name] = value
     return value
 

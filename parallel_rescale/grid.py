@@ -162,8 +162,8 @@ def fingerprint(*paths, images=()) -> str:
     return digest.hexdigest()[:16] if files or images else ""
 
 def _plain(value):
-    "A rule or a scorer in words that tell any two apart; where a function lies in memory says nothing."
-    return re.sub(r" at 0x[0-9a-f]+", "", value.signature() if isinstance(value, Guidance) else repr(value))
+    "A rule or a scorer such that any two can be told apart; where a function lies in memory says nothing."
+    return value.signature() if isinstance(value, Guidance) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 @dataclass(eq=False)
 class Plan:

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Scale', 'Adapter', 'RULES', 'Branch', 'check_share', 'Guidance', 'CFG', 'ConsistencyGuidance', 'ParallelRescale',
            'OrthogonalOnly', 'AutoGuidance', 'PersonalizationGuidance', 'Interval', 'interval', 'Every', 'every',
-           'all_rules', 'rule', 'label']
+           'known_rules', 'rule', 'label']
 
 # %% ../nbs/05_guidance.ipynb #c002
-import math
+import inspect, math, sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from importlib import import_module
 from itertools import takewhile
 from typing import ClassVar
@@ -63,24 +64,51 @@ class Branch:
 
 # %% ../nbs/05_guidance.ipynb #c014
 _CHECKS = {Scale: _number, Adapter: _adapter}
-_WRITTEN = {"Scale": Scale, "Adapter": Adapter}
-RULES: dict[str, type] = {} # name → rule; a class joins when it is made, see `Guidance`
 
-def _kind(f):
-    "A field's annotation; in a file with `from __future__ import annotations` it is text."
-    return _WRITTEN.get(f.type.rpartition(".")[2], f.type) if isinstance(f.type, str) else f.type
+def _resolved(cls, field):
+    "A field's type. A text, as under `from __future__ import annotations`, means what its class's own module says it means."
+    if not isinstance(field.type, str): return field.type
+    owner = next(c for c in cls.__mro__ if field.name in inspect.get_annotations(c))
+    try: return eval(field.type, {"Scale": Scale, "Adapter": Adapter} | vars(sys.modules[owner.__module__]))
+    except (NameError, AttributeError): return field.type      # a name for type checkers alone is no scale
+
+@cache
+def _scale_fields(cls) -> dict:
+    "Field name → `Scale` or `Adapter`, of those fields of a rule that are one."
+    types = {f.name: _resolved(cls, f) for f in (fields(cls) if is_dataclass(cls) else ())}
+    return {name: kind for name, kind in types.items() if kind in (Scale, Adapter)}
 
 def check_share(rule, name):
     "ValueError where a rule's field is a number outside [0, 1]; a function of the progress is checked when it has a value."
     value = getattr(rule, name)
-    if not callable(value) and not 0 <= value <= 1: raise ValueError(f"{type(rule).__name__}: {name} must be in [0, 1], got {value!r}")
+    if not callable(value) and not 0 <= value <= 1:
+        raise ValueError(f"{type(rule).__name__}: {name} must be in [0, 1], got {value!r}")
+
+def _plain(value):
+    "A field's value as JSON can have it; what has no such form is told by its name or its text."
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, Guidance): return value.signature()
+    if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)): return [_plain(v) for v in value]
+    return getattr(value, "__qualname__", None) or repr(value)
+
+RULES = {} # name → class of every rule made so far; see `known_rules`
+
+def _register(cls):
+    "Put a rule into `RULES`. A class made again takes its old place, and a notebook's version goes before its module's."
+    known = RULES.get(cls.name, cls)
+    modules = {cls.__module__, known.__module__}
+    if cls.__qualname__ != known.__qualname__ or len(modules - {"__main__"}) > 1:
+        raise ValueError(f"guidance rule {cls.name!r}: {cls.__module__}.{cls.__qualname__} would take the name of "
+                         f"{known.__module__}.{known.__qualname__}; give it another `name`")
+    if cls.__module__ == "__main__" or known.__module__ != "__main__": RULES[cls.name] = cls
 
 class Guidance:
     """A guidance rule: which predictions it needs (`branches`) and what it makes of them (`combine`).
 
     A rule is a frozen dataclass. Fields annotated `Scale` or `Adapter` take a number or a function
-    of the progress 0 → 1; everything below follows from the annotations. A public class that has a `name`
-    of its own is in `RULES` from then on."""
+    of the progress 0 → 1; everything below follows from the annotations. A subclass that has a `name`
+    of its own is in `RULES` from then on; one whose class name begins with an underscore is not."""
     name: ClassVar[str] # the key in `RULES`
     title: ClassVar[str] = "" # how figures and tables call it; default: its name
     color: ClassVar[str] = "0.45" # of its curves, in every figure; Okabe & Ito's palette, which colour-blind readers can tell apart too
@@ -88,20 +116,18 @@ class Guidance:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if isinstance(name := cls.__dict__.get("name"), str) and not cls.__name__.startswith("_"): RULES[name] = cls
+        if isinstance(vars(cls).get("name"), str) and not cls.__name__.startswith("_"): _register(cls)
 
     def __post_init__(self):
-        for f, check in self._scales():
-            value = getattr(self, f.name)
-            if not callable(value): object.__setattr__(self, f.name, check(type(self).__name__, f.name, value))
+        for name, kind in _scale_fields(type(self)).items():
+            value = getattr(self, name)
+            if not callable(value): object.__setattr__(self, name, _CHECKS[kind](type(self).__name__, name, value))
 
-    def _scales(self): return [(f, _CHECKS[_kind(f)]) for f in fields(self) if _kind(f) in _CHECKS]
-
-    def _leading(self): return list(takewhile(lambda f: _kind(f) in _CHECKS, fields(self)))
+    def _leading(self): return list(takewhile(lambda f: f.name in _scale_fields(type(self)), fields(self)))
 
     def at(self, progress: float) -> "Guidance":
         "This rule with every scale that is a function replaced by its value at `progress` in [0, 1]."
-        moving = {f.name: v(progress) for f, _ in self._scales() if callable(v := getattr(self, f.name))}
+        moving = {name: v(progress) for name in _scale_fields(type(self)) if callable(v := getattr(self, name))}
         return replace(self, **moving) if moving else self
 
     @property
@@ -118,10 +144,16 @@ class Guidance:
         rule = self.at(i / max(n - 1, 1))
         return rule.branches, rule.combine
 
-    def signature(self) -> str:
-        "The rule in words that tell any two apart: a scale that moves by its values at progress 0, 1/4, 1/2, 3/4 and 1."
-        moments = [repr(self.at(progress)) for progress in (0., .25, .5, .75, 1.)]
-        return moments[0] if len(set(moments)) == 1 else " → ".join(moments)
+    def signature(self) -> dict:
+        """What makes this rule what it is, ready for JSON: its class and the value of every field.
+
+        A scale that is a function gives its values at the progress 0, .25, .5, .75 and 1: two functions that look alike in `repr` do not here."""
+        moments = [self.at(u) for u in (0., .25, .5, .75, 1.)]
+        def value(name):
+            mine = getattr(self, name)
+            return [_plain(getattr(m, name)) for m in moments] if callable(mine) and name in _scale_fields(type(self)) else _plain(mine)
+        names = [f.name for f in fields(self)] if is_dataclass(self) else []
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}"} | {name: value(name) for name in names}
 
     @property
     def label(self) -> str:
@@ -336,11 +368,9 @@ def every(rule: Guidance, k: int) -> Guidance:
     return Every(rule, k)
 
 # %% ../nbs/05_guidance.ipynb #c046
-def all_rules() -> dict[str, type]:
-    "`RULES`, complete: with those that the package's later modules define."
-    here = dict(RULES)
+def known_rules() -> dict[str, type[Guidance]]:
+    "`RULES`, with all rules of this package in it, whatever was imported before."
     for module in ("style_contrast", "adaptive", "several"): import_module(f"parallel_rescale.{module}")
-    RULES.update(here) # a class that took a name before them keeps it
     return RULES
 
 def _value(text):
@@ -350,7 +380,7 @@ def _value(text):
     except ValueError: return text
 
 # %% ../nbs/05_guidance.ipynb #c047
-def rule(spec: str, /, # a name of `RULES`, or "name:argument=value,…"
+def rule(spec: str, /, # a name of `known_rules()`, or "name:argument=value,…"
          **arguments, # more arguments; they win over those in `spec`
         ) -> Guidance:
     """The guidance rule that `spec` names, as in `rule("parallel_rescale:text=3,consistency=2")`.
@@ -358,7 +388,7 @@ def rule(spec: str, /, # a name of `RULES`, or "name:argument=value,…"
     Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and `interval`."""
     name, _, rest = spec.partition(":")
     name = name.strip().replace("-", "_")
-    check_name("guidance rule", name, all_rules())
+    check_name("guidance rule", name, known_rules())
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals: raise ValueError(f"{spec!r}: expected argument=value, got {part!r}")
@@ -381,9 +411,12 @@ def label(rule: Guidance) -> str:
     "A short name of a rule with its scales, for figures: 'parallel rescaling 7.5/3'; ƒ marks a scale that moves."
     if isinstance(rule, Interval): return f"{label(rule.rule)}, {rule.start:g}–{rule.stop:g}"
     if isinstance(rule, Every): return f"{label(rule.rule)}, every {rule.k}"
-    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, f.name)) for f in rule._leading() if _kind(f) is Scale)
+    kinds = _scale_fields(type(rule))
+    leading = [f.name for f in rule._leading() if kinds[f.name] == Scale]
+    text = (rule.title or rule.name.replace("_", " ")) + " " + "/".join(_short(getattr(rule, name)) for name in leading)
     if isinstance(rule, CFG) and not rule.needs_subject: return text.replace("CFG", "base CFG")
     if isinstance(rule, AutoGuidance): return f"{text}, weak {_short(rule.weak)}"
     if isinstance(rule, ParallelRescale) and rule.ratio != "normalize": text += f", {rule.ratio}"
-    further = [f for f in fields(rule) if _kind(f) is Scale and f not in rule._leading() and getattr(rule, f.name) != f.default]
-    return text + "".join(f", {f.name} {_short(getattr(rule, f.name))}" for f in further) + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")
+    further = [f.name for f in fields(rule) if kinds.get(f.name) == Scale and f.name not in leading and getattr(rule, f.name) != f.default]
+    text += "".join(f", {name} {_short(getattr(rule, name))}" for name in further)
+    return text + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from parallel_rescale import ConsistencyGuidance, Focus, OwnWords, SubjectPipeline, TINY_SDXL, TextFloor, every
+from parallel_rescale import ConsistencyGuidance, Focus, FocusedContrast, OwnWords, SubjectPipeline, TINY_SDXL, TextFloor, every
 from parallel_rescale.adaptive import bearable, strongest
-from parallel_rescale.guidance import CFG, Branch, label, rule
+from parallel_rescale.guidance import Branch, label, rule
 from parallel_rescale.projection import coefficient
 
 
@@ -44,8 +44,17 @@ def test_the_mask_takes_its_share_of_each_sample(seed, share, side, size):
 
 
 def test_the_mask_where_nothing_stands_out():
-    assert strongest(torch.zeros(2, 4, 8, 8), .3).all() and not strongest(torch.ones(1, 4, 1, 1), 0.).any()
+    assert strongest(torch.zeros(2, 4, 8, 8), .3).all()                                # ties are taken, too
     assert strongest(torch.randn(1, 4, 16, 16).bfloat16(), .5).dtype == torch.bool
+
+
+def test_a_share_of_nothing_is_nothing_and_of_1_everything():
+    for g in (torch.randn(2, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 1, 1)):
+        assert not strongest(g, 0.).any() and strongest(g, 1.).all()
+    null, base, subject = triple(0)
+    assert torch.equal(Focus(5., 2., 0.).combine(null, base, subject), null + 5 * (base - null))
+    out = FocusedContrast(5., 2., share=0.).combine(null, base, null, subject)
+    assert torch.equal(out, null + 5 * (base - null))
 
 
 def test_limits():
@@ -86,10 +95,3 @@ def test_the_pipeline_knows_the_references_words():
     for same in ("a photo of a <pixel>", "a photo of a {subject}"): assert torch.equal(draw(prompts={"subject_reference": same}), default)
     assert torch.equal(draw(prompts={"reference": "a photo of a cat"}), default)
     assert not torch.allclose(draw(prompts={"subject_reference": "a <pixel> in the snow"}), default, atol=1e-3)
-
-
-def test_strongest_keeps_the_share_that_it_is_told():
-    g = torch.randn(2, 4, 8, 8)
-    assert not strongest(g, 0.).any() and strongest(g, 1.).all()
-    null, base, subject = torch.randn(3, 1, 4, 8, 8)
-    assert torch.equal(Focus(share=0.).combine(null, base, subject), CFG(7.5, adapter=0).combine(null, base))

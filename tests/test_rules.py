@@ -1,5 +1,6 @@
 """Properties of the guidance rules: the list of what must hold for the method, for every rule where it can be said of every rule."""
-import copy, math, pickle
+import copy, importlib, json, math, pickle, subprocess, sys
+from dataclasses import dataclass, fields
 
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
@@ -8,14 +9,15 @@ from parallel_rescale.cfg import cfg
 from parallel_rescale.projection import coefficient, project
 from parallel_rescale.consistency import consistency_guidance, consistency_ratio, ratio_summary
 from parallel_rescale.normalization import RATIOS, normalize_ratio, parallel_rescale
-from parallel_rescale.guidance import (RULES, AutoGuidance, Branch, CFG, ConsistencyGuidance, Guidance, OrthogonalOnly,
-                                       ParallelRescale, PersonalizationGuidance, every, interval, label, rule)
+from parallel_rescale.guidance import (RULES, Adapter, AutoGuidance, Branch, CFG, ConsistencyGuidance, Guidance, OrthogonalOnly,
+                                       ParallelRescale, PersonalizationGuidance, Scale, every, interval, known_rules, label, rule)
 
 settings.register_profile("rules", max_examples=40, deadline=None)
 settings.load_profile("rules")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALL = [pytest.param(c(), id=n) for n, c in RULES.items()]  # also those that other chapters have registered by now
+OWN = {n: c for n, c in known_rules().items() if c.__module__.startswith("parallel_rescale.")}   # other tests make rules too
+ALL = [pytest.param(c(), id=n) for n, c in OWN.items()]
 THREE = (ConsistencyGuidance, ParallelRescale, OrthogonalOnly)
 
 
@@ -241,7 +243,7 @@ def test_statistics_of_half_inputs_are_float32(dtype):
 
 
 def test_rules_leave_their_inputs_alone():
-    for c in RULES.values():
+    for c in OWN.values():
         r = c()
         vs = [torch.randn(1, 4, 4, 4) for _ in r.branches]
         kept = [v.clone() for v in vs]
@@ -325,8 +327,8 @@ def test_base_cfg_needs_no_subject():
     assert not CFG(adapter=0).needs_subject and label(CFG(adapter=0)) == "base CFG 5"
 
 
-def scale_names(c): return [f.name for f, _ in c()._scales() if f.name not in ("adapter",)]
-NAMED = [(n, s) for n, c in RULES.items() for s in scale_names(c)]
+def scale_names(c): return [f.name for f in fields(c) if f.type in (Scale, Adapter) and f.name != "adapter"]
+NAMED = [(n, s) for n, c in OWN.items() for s in scale_names(c)]
 
 
 @pytest.mark.parametrize("name,scale", NAMED)
@@ -446,7 +448,7 @@ def test_every_evaluates_one_branch_in_between(r, k):
     assert all(c == [anchor] for c in calls if len(c) == 1)
 
 
-@given(predictions(5), st.sampled_from(list(RULES)))
+@given(predictions(5), st.sampled_from(list(OWN)))
 def test_every_keeps_the_offset_from_the_anchor(vs, name):
     r, memory = RULES[name](), {}
     w, first, now = every(r, 2), vs[:len(r.branches)], vs[4]
@@ -529,48 +531,108 @@ def test_plot_ratio():
     assert len(plot_ratio(run).lines) == 2
     with pytest.raises(ValueError, match="no records"): plot_ratio([])
 
+# ---------------------------------------------------------------- 12. a rule in a file of its own
 
-# ---------------------------------------------------------------- the register, and rules from elsewhere
-
-
-def test_a_rule_in_a_file_with_text_annotations(tmp_path, monkeypatch):
-    (tmp_path / "their_rule.py").write_text("""from __future__ import annotations
+FOREIGN = """
+from __future__ import annotations
 from dataclasses import dataclass
-from parallel_rescale.guidance import Adapter, Branch, Guidance, Scale
-from parallel_rescale import guidance as g
+from typing import TYPE_CHECKING
+import parallel_rescale.guidance as g
+from parallel_rescale.guidance import Adapter, ConsistencyGuidance, Scale
+if TYPE_CHECKING: from nowhere import Unknown
 
 @dataclass(frozen=True, repr=False)
-class Theirs(Guidance):
-    name = "theirs_with_text_annotations"
-    scale: Scale = 2.
-    more: g.Scale = 1.
-    weak: Adapter = "subject"
-    branches = Branch("null"), Branch("base")
-    def combine(self, null, base): return null + self.scale * self.more * (base - null)
-""")
+class Foreign(ConsistencyGuidance):
+    name = "foreign_{name}"
+    share: g.Scale = .5
+    other: Adapter = 1.
+    note: Unknown = None
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    (tmp_path / "foreign_rule.py").write_text(FOREIGN.replace("{name}", "file"), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    try:
-        from their_rule import Theirs
-        assert rule("theirs_with_text_annotations:scale=3").scale == 3.
-        for bad in (dict(scale="much"), dict(more=math.nan), dict(weak=math.inf)):
-            with pytest.raises(ValueError, match="Theirs"): Theirs(**bad)
-        assert Theirs().weak == {"subject": 1.}
-        assert Theirs(lambda u: 4 * u, lambda u: 1 - u).at(.25) == Theirs(1., .75)
-        assert label(Theirs(3.)) == "theirs with text annotations 3/1"
-    finally: RULES.pop("theirs_with_text_annotations", None)
+    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(RULES))
+    yield importlib.import_module("foreign_rule").Foreign
+    sys.modules.pop("foreign_rule")
 
 
-def test_signatures_tell_functions_apart():
-    up, down = ParallelRescale(lambda u: 7 * u), ParallelRescale(lambda u: 7 * (1 - u))
-    assert repr(up.at(0.)) != repr(down.at(0.)) and up.signature() != down.signature()
-    assert up.signature() == ParallelRescale(lambda progress: 7 * progress).signature()      # the same values, whoever wrote them
-    assert every(up, 2).signature() != every(down, 2).signature() != up.signature()
-    for c in RULES.values(): assert c().signature() == repr(c())
+def test_annotations_that_are_texts_lose_nothing(foreign):
+    with pytest.raises(ValueError, match="Foreign: share"): foreign(share=math.nan)
+    with pytest.raises(ValueError, match="Foreign: text"): foreign(text="much")
+    with pytest.raises(ValueError, match=r"Foreign: other\['a'\]"): foreign(other={"a": math.inf})
+    moving = foreign(lambda u: 2 * u, share=lambda u: u, other=lambda u: 1 - u, note="any")
+    assert (moving.at(.5).text, moving.at(.5).share, moving.at(.25).other, moving.at(.5).note) == (1., .5, .75, "any")
+    assert label(foreign(5, 3, .2)) == "consistency 5/3/0.2"
+    assert repr(foreign()) == "Foreign(text=7.5, consistency=3.0, share=0.5, other=1.0)"
 
 
-def test_every_rule_is_known_whatever_was_imported():
-    import subprocess, sys
-    code = "from parallel_rescale.guidance import rule; print(type(rule('focus')).__name__, type(rule('several')).__name__, type(rule('style_contrast')).__name__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["Focus", "SeveralSubjects", "StyleContrast"]
-    code = "from parallel_rescale import RULES; print(*RULES)"
-    assert set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()) >= {"cfg", "focus", "several"}
+def signature_from_json(r): return json.loads(json.dumps(r.signature()))
+
+
+@pytest.mark.parametrize("r", ALL)
+def test_a_signature_is_json_and_tells_rules_apart(r):
+    assert signature_from_json(r) == r.signature() == copy.deepcopy(r).signature() and r.signature()["class"].endswith(type(r).__name__)
+    for name in scale_names(type(r)):
+        made = [type(r)(**{name: scale}).signature() for scale in (.5, .25, lambda u: .5 * u, lambda u: .25 * u, lambda u: u / 2)]
+        assert made[2] == made[4] and made[0] != made[1] != made[2] != made[3]
+
+
+def test_a_signature_includes_the_rule_inside():
+    lambdas = [(lambda k: lambda u: k * u)(k) for k in (1, 2)]
+    one, two = (CFG(scale) for scale in lambdas)
+    assert one.signature() != two.signature() and one.signature() == CFG(lambda u: u).signature()
+    for wrap in (lambda r: every(r, 2), lambda r: interval(r, 0, .5), lambda r: every(interval(r, 0, .5), 3)):
+        assert signature_from_json(wrap(one)) != signature_from_json(wrap(two)) != wrap(CFG()).signature()
+    assert every(CFG(), 2).signature() != every(CFG(), 3).signature() != interval(CFG(), 0, .5).signature() != interval(CFG(), 0, .6).signature()
+    assert signature_from_json(AutoGuidance(weak={"a": .2})) != signature_from_json(AutoGuidance(weak={"a": .3}))
+
+
+def test_names_are_registered_where_the_class_is_made(monkeypatch):
+    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(known_rules()))
+    def made(qualname, module=__name__, **more):
+        return type(qualname, (CFG,), dict(__module__=module, __qualname__=qualname, **more))
+    first = made("Mine", name="mine")
+    assert rule("mine") == first()
+    assert type(rule("mine")) is not type(made("Mine", name="mine")()) is not first              # made again: the newer one
+    with pytest.raises(ValueError, match=r"'mine': .*Yours would take the name of .*Mine"): made("Yours", name="mine")
+    with pytest.raises(ValueError, match="CFG"): made("CFG", name="cfg", module="elsewhere")
+    notebook = made("Mine", name="mine", module="__main__")
+    made("Mine", name="mine")
+    assert type(rule("mine")) is notebook
+    made("_Hidden", name="hidden"), made("Nameless")
+    with pytest.raises(ValueError, match="unknown"): rule("hidden")
+
+
+@pytest.mark.parametrize("code", ["from parallel_rescale.guidance import rule, RULES; print(rule('focus').name, rule('several').name, len(RULES))",
+                                  "import parallel_rescale as p; print(p.rule('focus').name, p.rule('several').name, len(p.RULES))",
+                                  "from parallel_rescale import RULES; print('focus', 'several', len(RULES))"])
+def test_every_rule_is_known_whatever_was_imported(code):
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.split() == ["focus", "several", str(len(OWN))], said.stderr
+
+# ---------------------------------------------------------------- 13. half precision, at every size
+
+HALF = ALL + [pytest.param(ParallelRescale(ratio=k, whole=w), id=f"{k}-{w}") for k in RATIOS for w in (False, True)] + [
+    pytest.param(every(ParallelRescale(), 1), id="every"), pytest.param(rule("style_contrast:whole=false"), id="contrast-each"),
+    pytest.param(rule("style_contrast:ratio=normalize"), id="contrast-normalize"), pytest.param(rule("several:subjects=a+b,against=each other"), id="each-other")]
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1., 30., 300.])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("r", HALF)
+def test_half_precision_is_float32_rounded(r, dtype, size):
+    """Predictions that differ as little or as much as half precision can say; 300 squared is beyond float16.
+
+    Every prediction carries a rounding of eps/2 of its size, so a direction is off by eps of it. Weights of up to 7.5 and 3, and a p̂
+    that rarely exceeds 4, enlarge that to some (7.5 + 3·(1 + 4))·eps; a few more roundings follow. Where a direction is divided
+    by its own length, the error is relative to the predictions no more than that."""
+    g = torch.Generator().manual_seed(0)
+    vs = [(size * torch.randn(2, 4, 8, 8, generator=g)).to(dtype) for _ in r.branches]
+    out, exact = r.combine(*vs), r.combine(*(v.float() for v in vs))
+    assert out.dtype == dtype and exact.isfinite().all() and out.isfinite().all()
+    where = exact.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps                 # the step of float16 near 0
+    assert ((out.float() - exact).abs() <= 25 * torch.finfo(dtype).eps * where + 50 * smallest).all()
