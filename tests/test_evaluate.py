@@ -474,8 +474,9 @@ def test_truths_are_drawn_by_the_renderer(cases):
 
 
 def test_every_rule_of_the_family_can_be_evaluated(cases, tmp_path):
-    table = evaluate(cases[:1], SNOW[:1], {n: c() for n, c in RULES.items()} | {"base": CFG(adapter=0)}, 1, [brightness], tmp_path / "r", steps=1, progress=False, device="cpu")
-    assert set(table.rule) == {*RULES, "base"} and table.brightness.between(0, 1).all()
+    ours = {n: c() for n, c in RULES.items() if c.__module__.startswith("parallel_rescale.")}      # other tests make rules too
+    table = evaluate(cases[:1], SNOW[:1], ours | {"base": CFG(adapter=0)}, 1, [brightness], tmp_path / "r", steps=1, progress=False, device="cpu")
+    assert set(table.rule) == {*ours, "base"} and table.brightness.between(0, 1).all()
 
 
 def test_unet_throughput(cases):
