@@ -549,6 +549,94 @@ def test_resume_errors(references, uninterrupted, tmp_path):
     assert_same_weights(uninterrupted, run)
 
 
+def test_a_run_is_readable_to_others(references, tmp_path):
+    before = os.umask(0o022)
+    try: finetune(references, **RUN | dict(max_train_steps=2, report_to="tensorboard"), output=tmp_path / "run")
+    finally: os.umask(before)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert {"optimizer.safetensors", "state.json", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "grid.png"} <= {p.name for p in files}
+    assert {str(p.relative_to(tmp_path)): oct(p.stat().st_mode & 0o777) for p in files if p.stat().st_mode & 0o777 != 0o644} == {}
+
+
+# resuming after an upgrade, and how the base was loaded
+
+def test_an_upgraded_package_is_a_warning(references, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    again = lambda: finetune(references, **RUN, output=run, resume_from_checkpoint="latest")
+    file = run / "checkpoint-4/state.json"
+    state = json.loads(file.read_text())
+    assert state["versions"] == installed_versions()
+    file.write_text(json.dumps(state | dict(versions=dict(state["versions"], diffusers="0.30.0", torch="2.6.0"))))
+    with pytest.warns(UserWarning, match=r"checkpoint-4 was made with other versions \(torch 2.6.0 → .*, diffusers 0.30.0 → "): again()
+    assert_same_weights(uninterrupted, run)
+    file.write_text(json.dumps({k: v for k, v in state.items() if k != "versions"}))       # as older checkpoints are
+    again()
+
+
+@pytest.fixture(scope="module")
+def hub_like(tmp_path_factory):
+    "The embedded model with its UNet in fp16 files alone, and beside it another VAE."
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(TINY_SDXL, folder / "base")
+    (folder / "base/unet/diffusion_pytorch_model.safetensors").unlink()
+    UNet2DConditionModel.from_pretrained(TINY_SDXL, subfolder="unet").half().save_pretrained(folder / "base/unet", variant="fp16")
+    vae = AutoencoderKL.from_pretrained(TINY_SDXL, subfolder="vae").float()
+    for p in vae.decoder.conv_out.parameters(): p.data *= 0.5
+    for p in vae.encoder.conv_out.parameters(): p.data += 0.01
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def test_variant_and_vae_are_used_and_remembered(references, hub_like, tmp_path):
+    base, vae = str(hub_like / "base"), hub_like / "vae"
+    given = RUN | dict(base=base, variant="fp16", vae=vae, max_train_steps=2)
+    subject = finetune(references, **given, output=tmp_path / "run")
+    assert subject.base_options == dict(variant="fp16") and subject.vae == str(vae)
+    assert Subject.load(tmp_path / "run/checkpoint-2").vae == str(vae) and f'from_pretrained("{base}", variant="fp16", vae=vae)' in Path(subject.folder, "README.md").read_text()
+    own, other = (prepared(references, base=base, variant="fp16", vae=v) for v in (None, str(vae)))
+    assert not torch.equal(own.data.moments, other.data.moments)
+    resumed = dict(output=tmp_path / "run", resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"vae=None \(was '.*vae'\)"): finetune(references, **given | dict(vae=None, max_train_steps=3), **resumed)
+    assert finetune(references, **given | dict(max_train_steps=3, lr_scheduler="linear"), **resumed).vae == str(vae)
+
+
+def test_a_revision_reaches_every_part(references, monkeypatch, tmp_path):
+    "There is no Hub here, so the calls are caught on their way to it."
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+    asked = []
+    def at_home(cls, name):
+        original = getattr(cls, name)
+        def call(base, *args, revision=None, **kwargs):
+            asked.append((cls.__name__, revision))
+            return original(TINY_SDXL if base == "some/sdxl" else base, *args, **kwargs)
+        monkeypatch.setattr(cls, name, call)
+    for cls, name in ((UNet2DConditionModel, "load_config"), (AutoencoderKL, "load_config"), (CLIPTokenizer, "from_pretrained"), (StableDiffusionXLPipeline, "from_pretrained")):
+        at_home(cls, name)
+    run = prepared(references, base="some/sdxl", revision="v1", rank=2)
+    of_base = {(name, revision) for name, revision in asked if revision}
+    assert of_base == {(name, "v1") for name in ("UNet2DConditionModel", "AutoencoderKL", "CLIPTokenizer", "StableDiffusionXLPipeline")}
+    assert dco.saved_settings(run.settings)["revision"] == "v1"
+
+
+@pytest.mark.parametrize("change,words", [(dict(variant="fp16"), "variant='fp16': base=.* has no files"), (dict(revision="v1"), "revision='v1': base=.* is a folder"),
+                                          (dict(vae="../no/such/vae"), "vae='../no/such/vae': neither"), (dict(vae=f"{TINY_SDXL}/unet"), "vae=.*UNet2DConditionModel")])
+def test_errors_of_loading_the_base(references, tmp_path, change, words):
+    with pytest.raises(ValueError, match=words): finetune(references, **CAT, output=tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_torchao_stops_a_run_before_any_work(references, tmp_path, monkeypatch):
+    from peft import import_utils
+    def refuse(): raise ImportError("Found an incompatible version of torchao. Found version 0.10.0")
+    monkeypatch.setattr(import_utils, "is_torchao_available", refuse)
+    with pytest.raises(ImportError, match="0.10.0.*torchao>=0.16"): finetune(references, **CAT, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    finetune(references, **CAT, output=tmp_path / "token", rank=0, train_text_encoder_ti=True, max_train_steps=1)    # no LoRA, no matter
+
+
 # bad numbers
 
 def test_nan_in_the_base_is_named(references, tmp_path):
@@ -634,19 +722,64 @@ def test_recommended_goes_by_size(monkeypatch):
 
 # the whole path
 
+def in_two_processes(folder, code):
+    "Run a script in two processes that talk through gloo; what they print, and the exit status."
+    file = folder / "run.py"
+    file.write_text(code)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(file)], capture_output=True,
+                          text=True, timeout=600, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
+
+
 def test_two_processes_equal_one(references, tmp_path):
     "Two processes of batch 1 take the steps of one process of batch 2."
-    code = script(tmp_path / "two", train_batch_size=1, max_train_steps=3)
-    file = tmp_path / "run.py"
-    file.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(file)], capture_output=True,
-                          text=True, timeout=600, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
+    done = in_two_processes(tmp_path, script(tmp_path / "two", train_batch_size=1, max_train_steps=3))
     assert done.returncode == 0, done.stderr[-3000:]
     finetune(references, **RUN | dict(train_batch_size=2, max_train_steps=3), output=tmp_path / "one")
     assert json.loads((tmp_path / "two/finetune.json").read_text())["num_processes"] == 2
     one, two = training_log(tmp_path / "one"), training_log(tmp_path / "two")
     assert one["step"] == two["step"] == [1, 2, 3]
     np.testing.assert_allclose(one["mse"], two["mse"], rtol=1e-3)
+
+
+PAIR = QUICK + """
+import os, signal
+from pathlib import Path
+from parallel_rescale.world import reference_set
+rank, original = int(os.environ["RANK"]), dco.{name}
+def changed(*args, **kwargs):
+    result = original(*args, **kwargs)
+    {change}
+dco.{name} = changed
+try: dco.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={output!r}, **{settings!r})
+except (KeyboardInterrupt, FloatingPointError) as error: Path({output!r}, f"left-{{rank}}").write_text(f"{{type(error).__name__}} {{error}}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,change,words", [
+    ("forward_and_backward", "if rank == 1 and args[0].lr_scheduler.last_epoch == 1: os.kill(os.getpid(), signal.SIGINT)\n    return result",
+     "KeyboardInterrupt stopped after step 2, saved in"),
+    ("loss_of", "return (result[0] * float('nan') if rank == 1 and args[0].lr_scheduler.last_epoch == 2 else result[0]), result[1]",
+     "FloatingPointError step 3: loss is not finite; the weights are those of step 2, saved in")])
+def test_two_processes_leave_on_the_same_step(tmp_path, name, change, words):
+    "Ctrl-C, or a NaN, in one of them alone: the other would wait for it for ever."
+    output = tmp_path / "run"
+    done = in_two_processes(tmp_path, PAIR.format(name=name, change=change, output=str(output), settings=RUN))
+    left = [(output / f"left-{rank}").read_text() for rank in (0, 1) if (output / f"left-{rank}").exists()]
+    assert len(left) == 2 and left[0] == left[1] and left[0].startswith(words), (left, done.stderr[-2000:])
+    assert [p.name for p in checkpoints.checkpoints(output)] == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_class_pictures(references, tmp_path):
+    settings = RUN | dict(loss="dreambooth", prior_loss_weight=1.0, num_class_images=3, max_train_steps=1)
+    output, note = tmp_path / "two", "Path(args[0].settings.output, f'drawn-{rank}').open('a').write('x')\n    return result"
+    done = in_two_processes(tmp_path, PAIR.format(name="sample_pictures", change=f"if args[2].branches: {note}", output=str(output), settings=settings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    finetune(references, **settings, output=tmp_path / "one")
+    drawn = [(output / f"drawn-{rank}").read_text().count("x") for rank in (0, 1)]
+    assert drawn == [2 + 2, 1]                                                # numbers 0 and 2, and the card's two; number 1
+    for n in range(3): assert (output / f"class_images/{n:03d}.png").read_bytes() == (tmp_path / f"one/class_images/{n:03d}.png").read_bytes()
 
 
 def test_a_thread_can_train(references, tmp_path):
