@@ -133,7 +133,7 @@ EXPERIMENTS = {
     "regimes": Experiment(BOTH, ALL, regimes, images="webp"),
     "captions": Experiment(["dco; same place, named", "dreambooth 400; same place, named", "dreambooth 400, prior; same place"], ALL, captions),
     "parts": Experiment(BOTH, ALL, parts),
-    "outfit": Experiment(["dco; same outfit", "dco; same outfit, named"], HATLESS, outfit),
+    "outfit": Experiment(["dco; same outfit"], HATLESS, outfit),
     "reuse": Experiment(["dco"], ALL, reuse, "tinyworld20", 30), "scales": Experiment(["dco"], EIGHT, scales, "tinyworld20"),
     "when": Experiment(["dco"], EIGHT, when, "tinyworld20"), "overfit": Experiment(["dco", "dreambooth", *LENGTHS], FOUR, overfit, "tinyworld20"),
     "settings": Experiment([*SETTINGS], FOUR, overfit, "tinyworld20")}

@@ -74,7 +74,7 @@ WRONG = "#E00000"
 
 def grid_rows(subject, references, drawn, tables, which):
     "The first seed's pictures for the prompts `which`, their frames and labels; each row begins with a reference."
-    pictures = [[references[i % len(references)].image] + [column[i] for column in drawn.values()] for i in which]
+    pictures = [[references[j % len(references)].image] + [column[i] for column in drawn.values()] for j, i in enumerate(which)]
     frames = [[None] + [WRONG if tables[rule].background[i] < .5 else None for rule in drawn] for i in which]
     return pictures, frames, [caption(demo_names(subject)[0], *DEMO_PROMPTS[i]) for i in which]
 
