@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from denoiser import SDXL, SMALL
 from parallel_rescale import TINY_SDXL, dco
-from parallel_rescale.denoiser import PromptEmbeds
+from parallel_rescale.denoiser import PromptEmbeds, adapter_rows
 from parallel_rescale.subject import as_references
 from parallel_rescale.subject_folder import base_prompt, subject_prompt
 from parallel_rescale.world import reference_set
@@ -58,18 +59,49 @@ def straightforward(references, base=TINY_SDXL, **changed):
     return step
 
 
+def bare(run):
+    "Forward and backward of φ and θ on one batch and nothing else: what a DCO step cannot do without."
+    unet, (batch, _) = run.pipe.unet, dco.deal(run, 0)[0]
+    layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    subject, base = dco.subject_text(run, batch), dco.rows_of(run.text.base, batch.source)
+
+    def switch_off(value):
+        for layer in layers: layer._disable_adapters = value
+
+    def step(_):
+        with dco.autocast(run):
+            switch_off(True)
+            with torch.no_grad(): phi = dco.predict(unet, batch.x_t, batch.t, base, batch.time_ids)
+            switch_off(False)
+            theta = dco.predict(unet, batch.x_t, batch.t, subject, batch.time_ids)
+            loss = dco.dco_loss(dco.mse(theta, batch.target), dco.mse(phi, batch.target), run.settings.beta)
+        loss.backward()
+    return step
+
+
+def switching(run):
+    "The LoRA switched off and on again for φ, without a step."
+    def step(_):
+        with adapter_rows(run.pipe.unet, 0.0): pass
+    return step
+
+
 def tiny(a):
     "Rows of the table for the embedded model."
     references = as_references(reference_set("pixel_the_cat", "{subject}"))
-    head = ["straightforward, ms a step", "finetune, ms a step", "straightforward / finetune", "φ and θ in one call / in two", "with a learned token / without"]
+    head = ["straightforward, ms a step", "finetune, ms a step", "straightforward / finetune", "φ and θ in one call / in two", "with a learned token / without",
+            "outside forward and backward, % of a step", "of it the LoRA's switch, %"]
     for batch in a.batches:
         runs = dict(two={}, one=dict(batched=True), token=dict(train_text_encoder_ti=True))
         ways = {name: lambda n, run=dco.prepared_run(references, **CAT, train_batch_size=batch, **more): dco.train_step(run, n) for name, more in runs.items()}
         ways["plain"] = straightforward(references, train_batch_size=batch)
+        own = dco.prepared_run(references, **CAT, train_batch_size=batch)
+        ways |= dict(bare=bare(own), switch=switching(own))
         turns = take_turns(ways, a.repeats, "cpu")
         median = lambda of: statistics.median(map(of, turns))
         yield head, [batch, f"{1e3 * median(lambda t: t['plain']):.0f}", f"{1e3 * median(lambda t: t['two']):.0f}", f"{median(lambda t: t['plain'] / t['two']):.2f}",
-                     f"{median(lambda t: t['one'] / t['two']):.2f}", f"{median(lambda t: t['token'] / t['two']):.2f}"]
+                     f"{median(lambda t: t['one'] / t['two']):.2f}", f"{median(lambda t: t['token'] / t['two']):.2f}",
+                     f"{100 * median(lambda t: 1 - t['bare'] / t['two']):.1f}", f"{100 * median(lambda t: t['switch'] / t['two']):.1f}"]
 
 
 def take_turns(ways, repeats, device):
@@ -116,14 +148,16 @@ def random_run(a, **changed):
 
 def sdxl(a):
     "Rows of the table at SDXL's size: time and peak memory of a DCO step."
-    head = ["ms a step", "peak GPU memory, GB"]
-    ways = {"gradient checkpointing": dict(gradient_checkpointing=True), "none": dict(), "φ and θ in one call": dict(batched=True)}
-    for name, changed in ways.items():
+    head = ["ms a step", "peak GPU memory, GB", "outside forward and backward, % of a step", "of it the LoRA's switch, %"]
+    options = {"gradient checkpointing": dict(gradient_checkpointing=True), "none": dict(), "φ and θ in one call": dict(batched=True)}
+    for name, changed in options.items():
         run = random_run(a, **changed)
         if a.device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        turns = take_turns({"step": lambda n: dco.train_step(run, n)}, a.repeats, a.device)
+        ways = {"step": lambda n: dco.train_step(run, n)} | ({} if changed.get("batched") else dict(bare=bare(run), switch=switching(run)))
+        turns = take_turns(ways, a.repeats, a.device)
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if a.device == "cuda" else "–"
-        yield head, [name, f"{1e3 * statistics.median(t['step'] for t in turns):.0f}", peak]
+        outside = [f"{100 * statistics.median(of(t) for t in turns):.1f}" for of in (lambda t: 1 - t["bare"] / t["step"], lambda t: t["switch"] / t["step"])] if "bare" in ways else ["–", "–"]
+        yield head, [name, f"{1e3 * statistics.median(t['step'] for t in turns):.0f}", peak, *outside]
         del run
 
 

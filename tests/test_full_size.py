@@ -124,7 +124,10 @@ def walk(base, references, output, precision):
     print(f"{precision}: {time.perf_counter() - start:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB at the peak of the process")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+# a CPU computes fp16 by way of float32: four minutes and more for a step at this size, where bf16 takes twenty seconds
+needs_fp16 = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 at full size needs a CUDA device; the narrow model does it on a CPU")
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_the_whole_path_at_full_size(full, references, tmp_path, precision):
     walk(full, references, tmp_path / "run", precision)
 
