@@ -57,7 +57,7 @@ def paired(table: pd.DataFrame, rule: str, against: str, metric: str) -> dict:
 def says(found: dict, digits: int = 3) -> str:
     "A difference with its interval as a text: '+0.018 [+0.005, +0.036]', bold where at least eight subjects leave out 0."
     numbers = [f"{found[k]:+.{digits}f}" for k in ("difference", "low", "high")]
-    clear = found["subjects"] >= 8 and (found["low"] > 0 or found["high"] < 0)
+    clear = bool(found["subjects"] >= 8 and (found["low"] > 0 or found["high"] < 0))
     return "–" if pd.isna(found["difference"]) else f"{'**' * clear}{numbers[0]}{'**' * clear} [{numbers[1]}, {numbers[2]}]"
 
 def mean_of(rule, column, kind=None, trained="dco", regime="same place", experiment="regimes"):
