@@ -95,10 +95,10 @@ def toy_sample(predict, # (x [B, 2, H, W], σ) → ε
 
 # %% ../nbs/00e_toy.ipynb #c021
 def toy_scores(path) -> dict[str, float]:
-    "How a sampled picture came out: the share of its points that are sketches, that are our cat, and that are both."
-    style, looks = path[-1]
-    text, identity = style > 0, (looks - SUBJECT_AT).abs() < .75
-    return {k: v.float().mean().item() for k, v in dict(text=text, identity=identity, both=text & identity).items()}
+    "How a sampled picture came out: the share of its points on the sketches' side, at our cat's height, and at the star."
+    from_star = path[-1] - torch.tensor([STYLES_AT[1], SUBJECT_AT])[:, None, None]
+    text, identity = path[-1, 0] > 0, from_star[1].abs() < .75
+    return {k: v.float().mean().item() for k, v in dict(text=text, identity=identity, both=from_star.norm(dim=0) < .75).items()}
 
 # %% ../nbs/00e_toy.ipynb #c023
 def plot_path(ax, path, color, title: str = "", lines: int = 16):
