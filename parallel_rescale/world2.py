@@ -157,9 +157,12 @@ def random_instance(rng, cls=None):
 # %% ../nbs/00f_world2.ipynb #c017
 def ellipse(cx, cy, rx, ry=None, start=0., stop=360., n=28):
     "Points of an ellipse (or of an arc of it, degrees clockwise from the right)."
-    ry = rx if ry is None else ry
+    return _circle(start, stop, n) * (rx, rx if ry is None else ry) + (cx, cy)
+
+@lru_cache(maxsize=256)
+def _circle(start, stop, n):
     t = np.radians(np.linspace(start, stop, n))
-    return np.stack([cx + rx*np.cos(t), cy + ry*np.sin(t)], -1)
+    return np.stack([np.cos(t), np.sin(t)], -1)
 
 def box(x0, y0, x1, y1, r=0.):
     "Corners of a rectangle, rounded by radius `r`."
@@ -170,9 +173,11 @@ def box(x0, y0, x1, y1, r=0.):
 def ribbon(points, widths):
     "A thick curve: the outline around a polyline with half-widths `widths` and a round end."
     p = np.asarray(points, float); w = np.broadcast_to(widths, len(p))[:, None]
-    d = np.gradient(p, axis=0); normal = np.stack([-d[:, 1], d[:, 0]], -1) / np.linalg.norm(d, axis=1, keepdims=True)
-    a = math.degrees(math.atan2(*normal[-1][::-1]))
-    return np.concatenate([p + w*normal, ellipse(*p[-1], w[-1, 0], w[-1, 0], a, a-180, 7), (p - w*normal)[::-1]])
+    d = np.empty_like(p); d[1:-1], d[0], d[-1] = p[2:] - p[:-2], p[1] - p[0], p[-1] - p[-2]
+    side = w * d[:, ::-1] * (-1, 1) / np.hypot(d[:, :1], d[:, 1:])
+    dx, dy = d[-1] / math.hypot(*d[-1]) * w[-1]
+    tip = [p[-1] + (x*dx - y*dy, x*dy + y*dx) for x, y in _circle(90., -90., 7).tolist()]
+    return np.concatenate([p + side, tip, (p - side)[::-1]])
 
 def ring(cx, cy, outer, inner, start=0., stop=360.):
     "Points of a ring, or of an arc with a width."
@@ -311,10 +316,10 @@ def _eye(x, y, r, doing):
 
 def _arm(x, y):
     "A raised arm with a white glove, and the lines that say that it moves."
-    hx, hy = x+.34, y-.52
-    fingers = [(WHITE, ribbon([(hx, hy), (hx+dx, hy-.26)], .075)) for dx in (-.14, 0, .14)]
-    return [(BODY, ribbon([(x-.1, y), (x+.2, y-.06), (hx, hy)], .1)), *fingers, (WHITE, ellipse(hx, hy, .17)),
-            (DARK, ring(hx, hy, .5, .42, -40, 25)), (DARK, ring(hx, hy, .5, .42, 200, 235))]
+    hx, hy = x+.5, y-.5
+    lines = [(DARK, ring(hx, hy, r, r-.085, a, a+60)) for r in (.38, .55) for a in (-60,)]
+    return [(BODY, ribbon([(x-.12, y), (x+.22, y+.04), (x+.42, y-.12), (hx, hy)], .11)),
+            (WHITE, ribbon([(hx, hy), (hx-.26, hy-.1)], .08)), (WHITE, ellipse(hx, hy-.04, .2, .24)), *lines]
 
 # %% ../nbs/00f_world2.ipynb #c027
 def _hat(at):
@@ -335,7 +340,7 @@ def _scarf(at):
 
 def _bow_tie(at):
     x, y = at.neck
-    return [(WORN, [(x, y), (x+s*.38, y-.24), (x+s*.38, y+.24)]) for s in (-1, 1)] + [(WHITE, box(x-.09, y-.11, x+.09, y+.11, .04))]
+    return [(WORN, [(x, y), (x+s*.42, y-.28), (x+s*.42, y+.28)]) for s in (-1, 1)] + [(WHITE, box(x-.09, y-.11, x+.09, y+.11, .04))]
 
 def _glasses(at):
     r, (x0, y0), (x1, y1) = at.eye, at.eyes[0], at.eyes[-1]
@@ -345,24 +350,21 @@ def _glasses(at):
 # %% ../nbs/00f_world2.ipynb #c028
 def _backpack(at):
     x, y = at.back
-    return [(WORN, box(x-.34, y-.38, x+.2, y+.36, .14)), (DARK, box(x-.34, y-.14, x+.1, y-.06)),
-            (WHITE, box(x-.26, y+.04, x-.04, y+.24, .05))]
-
-def _strap(at):
-    (x, y), (nx, ny) = at.back, at.neck
-    return [(WORN, ribbon([(x-.02, y-.34), ((x+nx)/2, y-.28), (x+.3, y+.0), (x+.12, y+.3)], .075))]
+    return [(WORN, ring(x, y-.36, .17, .09, 180, 360)), (WORN, box(x-.34, y-.38, x+.34, y+.42, .16)),
+            (DARK, box(x-.34, y-.12, x+.34, y-.04)), (WHITE, box(x-.2, y+.06, x+.2, y+.3, .06)),
+            (DARK, box(x-.06, y-.2, x+.06, y+.03))]
 
 def _cape(at):
     (x, y), w = at.neck, at.width
-    hem = [(x+w+.52, .84), (x+w+.2, .74), (x+w-.1, .86), (x-w+.1, .74), (x-w-.2, .86), (x-w-.52, .76)]
-    return [(WORN, [(x-w*.7, y-.1), (x+w*.7, y-.1), *hem])]
+    hem = [(x+w+.56, .86), (x+w+.2, .76), (x+w-.1, .88), (x-w+.1, .76), (x-w-.2, .88), (x-w-.56, .8)]
+    return [(WORN, [(x-w*1.3, y-.3), (x+w*1.3, y-.3), *hem])]
 
 def _clasp(at):
     (x, y), w = at.neck, at.width
     return [(WORN, box(x-w, y-.08, x+w, y+.08, .06)), (GOLD, ellipse(x, y, .12))]
 
-_BEHIND = {'backpack': _backpack, 'cape': _cape}
-_BEFORE = {'hat': _hat, 'crown': _crown, 'scarf': _scarf, 'bow tie': _bow_tie, 'backpack': _strap, 'cape': _clasp}
+_BEHIND = {'cape': _cape}
+_BEFORE = {'hat': _hat, 'crown': _crown, 'scarf': _scarf, 'bow tie': _bow_tie, 'backpack': _backpack, 'cape': _clasp}
 _EMBLEM_SHAPES = {'star': (star, .36, .26), 'heart': (heart, .31, .22), 'moon': (moon, .33, .25)}
 
 # %% ../nbs/00f_world2.ipynb #c029
@@ -380,11 +382,17 @@ def parts(instance, accessory='none', doing='none'):
     return [*behind, *shapes, *_emblem(instance.emblem, at), *(_glasses(at) if accessory == 'glasses' else []), *eyes,
             *(_arm(*at.hand) if doing == 'waving' else []), *(_BEFORE[accessory](at) if accessory in _BEFORE else [])]
 
+def _contrast(hue, *colours):
+    "A strong colour of about this hue that is none of `colours`."
+    options = [_rgb(hue + turn, .9, .92) for turn in (0, .33, .67, .17, .5, .83)]
+    return next((o for o in options if min(np.linalg.norm(o - c) for c in colours) > .5), options[0])
+
 def palette(instance, colour='none', worn_hue=0.):
     "Colours of the roles: array [12, 3] in 0..1."
     c1, c2 = body_colours(instance, colour)
+    worn = _contrast(worn_hue, c1, c2)
     return np.array([(0, 0, 0), c1, c2, (.13, .12, .17), (.98, .98, .97), (.62, .86, .97), _rgb(instance.emblem_hue, .9, .97),
-                     (1., .62, .12), _rgb(worn_hue, .9, .92), c1*.86, (.2, .62, 1.), (1., .8, .1)], np.float32)
+                     (1., .62, .12), worn, c1*.86, (.2, .62, 1.), (1., .8, .1)], np.float32)
 
 # %% ../nbs/00f_world2.ipynb #c032
 _RED, _GREEN, _BROWN, _INK, _PAPER, _SUN = (.9, .15, .15), (.15, .55, .25), (.5, .3, .15), (.13, .12, .17), (.98, .98, .97), (1., .8, .1)
@@ -456,12 +464,13 @@ def _places(scene):
     if scene.companion != 'none': return [first, _Place(.66*k, .42 - p.y*.4, .36*p.size, False, p.rotation*.5)]
     return [first]
 
-def _put(points, place):
-    "Points of a box -1..1 as pixels of the large map, standing at `place`."
-    p = np.asarray(points, float) * (-1 if place.flip else 1, 1)
+def _put(shapes, place):
+    "Polygons of a box -1..1 as flat lists of pixels of the large map, standing at `place`."
+    p = np.concatenate(shapes) * (-1 if place.flip else 1, 1)
     t = math.radians(place.rotation); c, s = math.cos(t), math.sin(t)
-    p = p @ np.array([[c, s], [-s, c]]) * place.size + (place.x, place.y)
-    return (p + 1) * (W/2)
+    p = ((p @ np.array([[c, s], [-s, c]]) * place.size + (place.x + 1, place.y + 1)) * (W/2)).ravel().tolist()
+    ends = np.cumsum([2*len(q) for q in shapes]).tolist()
+    return [p[a:b] for a, b in zip([0, *ends], ends)]
 
 # %% ../nbs/00f_world2.ipynb #c037
 _Z = np.array([(-1, -1), (1, -1), (1, -.6), (-.3, .55), (1, .55), (1, 1), (-1, 1), (-1, .6), (.3, -.55), (-1, -.55)])
@@ -469,8 +478,7 @@ _Z = np.array([(-1, -1), (1, -1), (1, -.6), (-.3, .55), (1, .55), (1, 1), (-1, 1
 def _signs(scene, place):
     "What a doing draws beside the subject: a list of (rgb, points in pixels)."
     x, y, s = place.x, place.y, place.size
-    k = -1 if scene.side == 'right' and (scene.other or scene.companion != 'none') else 1
-    k = 1 if k == 1 or x > -.2 else -1
+    k = -1 if x > .2 else 1                     # towards the middle of the frame
     if scene.doing == 'asleep':
         return [(_PAPER, (_Z*r + (np.clip(x + k*s*dx, -.86, .86), max(y - s*dy, -.86)) + 1)*(W/2)) for dx, dy, r in ((.82, .72, .09), (1.12, 1.08, .13))]
     if scene.doing == 'jumping':
@@ -509,30 +517,36 @@ def _rasterise(scene):
     ids, lut, n = Image.new('L', (W, W), 0), np.zeros((256, 3), np.float32), 1
     draw = ImageDraw.Draw(ids)
     def add(rgb, points, number):
-        draw.polygon([tuple(q) for q in points.tolist()], fill=number); lut[number] = rgb
+        draw.polygon(points, fill=number); lut[number] = rgb
     if scene.companion != 'none':
-        for rgb, points in _COMPANION_SHAPES[scene.companion](tuple(_rgb(scene.pose.hue + .4, .85, .95))):
-            add(rgb, _put(points, _places(scene)[1]), n); n += 1
+        colours, shapes = zip(*_COMPANION_SHAPES[scene.companion](tuple(_rgb(scene.pose.hue + .4, .85, .95))))
+        for rgb, points in zip(colours, _put(shapes, _places(scene)[1])): add(rgb, points, n); n += 1
     bodies = []
     for instance, place, polygons, colours in _actors(scene):
-        for role, points in polygons:
-            add(colours[role], _put(points, place), 0 if role == HOLE else n)
+        roles, shapes = zip(*polygons)
+        for role, points in zip(roles, _put(shapes, place)):
+            add(colours[role], points, 0 if role == HOLE else n)
             if role == BODY: lut[n+1] = colours[TRIM]; bodies.append((n, instance, place))
             n += 2
-    for rgb, points in _signs(scene, _places(scene)[0]): add(rgb, points, n); n += 1
+    for rgb, points in _signs(scene, _places(scene)[0]): add(rgb, points.ravel().tolist(), n); n += 1
     return _add_patterns(np.array(ids), bodies), lut
 
 def _add_patterns(ids, bodies):
     "Move the patterned pixels of the `bodies` (number, instance, place) to the next number."
     for instance, place in {(i, p) for _, i, p in bodies if i.pattern != 'none'}:
-        is_body = np.isin(np.arange(256), [n for n, i, p in bodies if (i, p) == (instance, place)])
-        ids[is_body[ids] & _pattern(instance, place)] += 1
+        step = np.zeros(256, np.uint8); step[[n for n, i, p in bodies if (i, p) == (instance, place)]] = 1
+        ids = ids + step[ids]*_pattern(instance, place)
     return ids
 
 # %% ../nbs/00f_world2.ipynb #c041
 def _reduce(a):
     "Average blocks of SCALE x SCALE: uint8 [W, W(, 3)] -> float32 [SIZE, SIZE(, 3)] in 0..1."
     return np.asarray(Image.fromarray(a).reduce(SCALE), np.float32) / 255
+
+def _reduce_palette(ids, lut):
+    "The same for a map of numbers and their colours [256, 3] in 0..1."
+    im = Image.fromarray(ids, 'L'); im.putpalette((lut*255).astype(np.uint8).tobytes())
+    return np.asarray(im.convert('RGB').reduce(SCALE), np.float32) / 255
 
 def _blur(a, r):
     "Gaussian blur of a float picture in 0..1."
@@ -559,7 +573,7 @@ def _draw(scene, warp=None):
     "The things of `scene` as a `_Drawing`; `warp`: a hand's wobble."
     ids, lut = _rasterise(scene)
     if warp is not None: ids = ids[warp]
-    colour, mask = _reduce((lut*255).astype(np.uint8)[ids]), _reduce((ids > 0).view(np.uint8)*255)
+    colour, mask = _reduce_palette(ids, lut), _reduce((ids > 0).view(np.uint8)*255)
     spread = np.clip(_blur(colour, 1.5) / (_blur(mask, 1.5)[..., None] + 1e-3), 0, 1)
     m = mask[..., None]
     return _Drawing(np.clip(np.where(m > .02, colour / np.maximum(m, .02), spread), 0, 1), mask, _edges(ids))
@@ -743,7 +757,8 @@ def _over(back, front, alpha):
 
 def _light(colour):
     "The same hues at full brightness, for things that glow."
-    top = colour.max(-1, keepdims=True); low = colour.min(-1, keepdims=True)
+    r, g, b = (colour[..., i:i+1] for i in range(3))
+    top, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
     return np.where(top - low < .12, .75 + .2*top, (colour - .75*low) / (top - .75*low + 1e-3))
 
 _HATCH = .5 + .5*np.sin(2*math.pi*(_XX + _YY)/9)
@@ -758,11 +773,11 @@ def _photo(obj, scene, rng):
 
 def _sketch(obj, scene, rng):
     dark = 1 - obj.colour @ np.array([.3, .59, .11], np.float32)
-    shade = np.clip(dark*1.2 - .1, 0, 1) * (.25 + .75*_HATCH) * .5
+    shade = np.clip(dark*1.2 - .15, 0, 1) * (.35 + .65*_HATCH) * .45
     paper = .95 - .05*_noise(5, rng.integers(VARIANTS))
     far = np.clip(scene[1]*1.1, 0, 1)*(1-obj.mask)
     grey = np.repeat((paper*(1 - .45*far))[..., None], 3, -1)
-    tinted = grey * (1 - .45*(1-obj.colour)) * (1 - shade[..., None]*.7)
+    tinted = (.97 - .68*(1-obj.colour)) * (1 - shade[..., None]*.7)
     return _over(_over(grey, tinted, obj.mask), np.array([.2, .2, .23], np.float32), np.clip(obj.lines*1.15, 0, 1)*.85)
 
 def _pixel(obj, scene, rng):
@@ -785,8 +800,8 @@ def _neon(obj, scene, rng):
 # %% ../nbs/00f_world2.ipynb #c051
 def _watercolor(obj, scene, rng):
     a = _over(scene[0], obj.colour, obj.mask)
-    a = 1 - (1-_blur(a, .5))*.72
-    a = a*(1 - .18*_blur(obj.lines, .6)[..., None]) + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
+    a = 1 - (1-a)*.76
+    a = a*(1 - .5*obj.lines[..., None])*(1 - .12*scene[1]*(1-obj.mask))[..., None] + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
     edge = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))/SIZE + .09*(_noise(8, rng.integers(VARIANTS)) - .5)
     return _over(np.full_like(a, .98), a, np.clip((.45-edge)/.04, 0, 1))
 
@@ -795,7 +810,7 @@ def _blueprint(obj, scene, rng):
     grid = ((_XX % 16 < 1) | (_YY % 16 < 1))*.06
     far = scene[1]*(1-obj.mask)
     a = _over(paper + grid[..., None], np.array([.62, .78, .98], np.float32), far*.7)
-    a = _over(a, .25*paper + .7*obj.colour, obj.mask*.62)
+    a = _over(a, .12*paper + .85*obj.colour, obj.mask*.8)
     a = _over(a, np.array([.95, .98, 1.], np.float32), np.clip(obj.lines*1.15, 0, 1))
     d = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5)); return _over(a, np.array([.9, .95, 1.], np.float32), (np.abs(d-29) < 1)*.8)
 
