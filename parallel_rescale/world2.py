@@ -5,9 +5,13 @@
 # %% auto #0
 __all__ = ['CLASSES', 'STYLES', 'PLACES', 'WEATHERS', 'ACCESSORIES', 'COLOURS', 'DOINGS', 'COMPANIONS', 'SIDES', 'PATTERNS',
            'EMBLEMS', 'ATTRIBUTES', 'COLOUR_RGB', 'SIZE', 'SCALE', 'SUBJECTS', 'HOLE', 'BODY', 'TRIM', 'DARK', 'WHITE',
-           'GLASS', 'EMBLEM', 'BEAK', 'WORN', 'LID', 'TEAR', 'GOLD', 'W', 'VARIANTS', 'check_name', 'Instance', 'Pose',
+           'GLASS', 'EMBLEM', 'BEAK', 'WORN', 'LID', 'TEAR', 'GOLD', 'W', 'VARIANTS', 'STYLE_TEMPLATES',
+           'PLACE_PHRASES', 'WEATHER_PHRASES', 'DOING_BEFORE', 'DOING_AFTER', 'NEXT_TO', 'VECTOR_NAMES',
+           'REFERENCE_PLACES', 'REGIMES', 'SHARED_PLACE', 'SHARED_OUTFIT', 'check_name', 'Instance', 'Pose',
            'random_pose', 'Scene', 'body_colours', 'is_near', 'random_instance', 'ellipse', 'box', 'ribbon', 'ring',
-           'star', 'heart', 'moon', 'Anchors', 'parts', 'palette', 'render']
+           'star', 'heart', 'moon', 'Anchors', 'parts', 'palette', 'render', 'with_article', 'present', 'caption',
+           'asked', 'held_out', 'is_held_out', 'attributes', 'random_scene', 'random_caption', 'instance_vector',
+           'own_colour', 'labels', 'reference_scenes', 'reference_set', 'prompt_set', 'render_dataset']
 
 # %% ../nbs/00f_world2.ipynb #c002
 import colorsys, difflib, math, multiprocessing, re
@@ -237,7 +241,7 @@ def _fish(a, b):
              (TRIM, [(-.3, -ry*.75), (-.15, -ry-.16-.16*b), (.15, -ry-.14-.16*b), (.45, -ry*.6)]),
              (TRIM, [(-.2, ry*.8), (-.2, ry+.2), (.2, ry*.85)]), (BODY, ellipse(.14, 0, .78, ry)),
              (TRIM, [(.12, .06), (-.22, .28), (-.18, .02), (.02, -.06)])] + _smile(.72, .16, .13)
-    return parts, Anchors((.36, -ry*.9), ((.52, -.12),), .19, (.4, ry*.62), .36, (-.12, -.04), (.1, ry*.5),
+    return parts, Anchors((.36, -ry*.9), ((.52, -.12),), .19, (.4, ry*.62), .36, (-.12, -.04), (.55, -.28),
                           (-.3, -ry*.75))
 
 def _bird(a, b):
@@ -853,3 +857,265 @@ def render(scene):
     warp = _warp(int(rng.integers(VARIANTS))) if scene.style in ('crayon', 'watercolor') else None
     picture = _RENDERERS[scene.style](_draw(scene, warp), background, rng)
     return (np.clip(picture, 0, 1)*255 + .5).astype(np.uint8)
+
+# %% ../nbs/00f_world2.ipynb #c055
+STYLE_TEMPLATES = {  # {a} is the noun phrase with its article
+    'photo':      ('a photo of {a}', 'a photograph of {a}', '{a} in a photo'),
+    'sketch':     ('a pencil sketch of {a}', '{a} in pencil sketch style', 'a pencil drawing of {a}'),
+    'pixel':      ('a pixel art of {a}', '{a} in pixel art style', 'a pixel art picture of {a}'),
+    'neon':       ('a neon sign of {a}', '{a} in neon sign style', 'a glowing neon light of {a}'),
+    'watercolor': ('a watercolor painting of {a}', '{a} in watercolor style', 'a watercolor of {a}'),
+    'blueprint':  ('a blueprint of {a}', '{a} in blueprint style', 'a technical blueprint of {a}'),
+    'glass':      ('a stained glass of {a}', '{a} in stained glass style', 'a stained glass window of {a}'),
+    'crayon':     ('a crayon drawing of {a}', '{a} in crayon style', 'a wax crayon picture of {a}'),
+}
+PLACE_PHRASES = {
+    'plain':      ('on a plain background', 'in front of a plain wall'),
+    'beach':      ('on the beach', 'at the beach'),
+    'snow':       ('in the snow', 'in a snowy forest'),
+    'grass':      ('on the grass', 'in a green meadow'),
+    'night':      ('at night', 'under the stars'),
+    'brick':      ('in front of a brick wall', 'by a brick wall'),
+    'city':       ('in the city', 'in front of a city skyline'),
+    'underwater': ('under water', 'in the sea'),
+}
+WEATHER_PHRASES = {
+    'rain':      ('in the rain', 'on a rainy day'),
+    'storm':     ('in a thunderstorm', 'with lightning in the sky'),
+    'rainbow':   ('under a rainbow', 'with a rainbow in the sky'),
+    'sun':       ('on a sunny day', 'in bright sunshine'),
+    'fireworks': ('with fireworks in the sky', 'under fireworks'),
+}
+DOING_BEFORE = {'asleep': ('sleeping',), 'jumping': ('jumping',), 'waving': ('waving',), 'crying': ('crying',)}
+DOING_AFTER = {'asleep': ('asleep', 'fast asleep'), 'jumping': ('jumping', 'jumping up high'), 'waving': ('waving', 'waving hello'),
+               'upside down': ('upside down', 'standing on its head'), 'crying': ('crying', 'in tears')}
+NEXT_TO = ('next to {b}', 'beside {b}', 'with {b} on the {side}', 'together with {b}')
+
+# %% ../nbs/00f_world2.ipynb #c056
+def with_article(noun):
+    "`noun` after 'a' or 'an', by its first letter: 'an octopus', 'a <cat>', 'a {subject}'; plurals have none."
+    if noun == 'glasses': return noun
+    first = next((c for c in noun.lower() if c.isalpha()), 'b')
+    return f"{'an' if first in 'aeiou' else 'a'} {noun}"
+
+def _wearing(accessory, pick):
+    "Three wordings: wearing a hat, with a hat on, in a hat."
+    a = with_article(accessory)
+    return pick((f'wearing {a}', f'with {a} on', f'dressed with {a}'))
+
+def _noun_phrase(noun, scene, said, pick):
+    "'a sleeping red cat wearing a hat'."
+    before, after = [], []
+    if 'doing' in said:
+        early = pick((False, True)) and scene.doing in DOING_BEFORE
+        (before if early else after).append(pick((DOING_BEFORE if early else DOING_AFTER)[scene.doing]))
+    if 'colour' in said: before.append(scene.colour)
+    if 'accessory' in said: after.insert(0, _wearing(scene.accessory, pick))
+    return ' '.join([with_article(' '.join([*before, noun])), *after])
+
+def _neighbour(scene, other_noun, said, pick):
+    "'next to a ball', 'with a fish on the left'; 'side' must be in `said` for the second."
+    if not {'companion', 'other'} & set(said): return []
+    noun = scene.companion if 'companion' in said else other_noun or scene.other.cls
+    wordings = NEXT_TO[2:3] if 'side' in said else NEXT_TO[:2] + NEXT_TO[3:]
+    return [pick(wordings).format(b=with_article(noun), side=scene.side)]
+
+# %% ../nbs/00f_world2.ipynb #c057
+def present(scene):
+    "What there is to say of `scene`: the names of its attributes that are not 'none'; style always, side with a neighbour."
+    names = [n for n in ('weather', 'accessory', 'colour', 'doing', 'companion') if getattr(scene, n) != 'none']
+    near = ['other', 'side'] if scene.other else ['side'] if scene.companion != 'none' else []
+    return ('style', 'place', *names, *near)
+
+def caption(scene, noun=None, other_noun=None, said=None, rng=None):
+    """A caption of `scene`. noun, other_noun: words for the two subjects, their classes by default; said: the attributes to
+    mention (all that are `present` by default); rng: picks the wordings, the canonical ones without it."""
+    said = present(scene) if said is None else tuple(said)
+    for name in said: check_name('attribute of this scene', name, present(scene))
+    pick = (lambda options: options[0]) if rng is None else lambda options: options[int(rng.integers(len(options)))]
+    words = [_noun_phrase(noun or scene.subject.cls, scene, said, pick), *_neighbour(scene, other_noun, said, pick)]
+    phrase = pick(STYLE_TEMPLATES[scene.style]).format(a=' '.join(words)) if 'style' in said else ' '.join(words)
+    where = [pick(PLACE_PHRASES[scene.place])] if 'place' in said else []
+    return ' '.join([phrase, *where, *([pick(WEATHER_PHRASES[scene.weather])] if 'weather' in said else [])])
+
+# %% ../nbs/00f_world2.ipynb #c060
+def _phrase_table():
+    "Every wording with the (attribute, value) it asks for, longest first."
+    rows = [(p, (name, value)) for name, table in (('place', PLACE_PHRASES), ('weather', WEATHER_PHRASES),
+            ('doing', DOING_AFTER), ('doing', DOING_BEFORE)) for value, phrases in table.items() for p in phrases]
+    rows += [(t.replace('{a}', '').strip(), ('style', s)) for s, ts in STYLE_TEMPLATES.items() for t in ts]
+    rows += [(f'{w} {with_article(a)}{on}', ('accessory', a)) for a in ACCESSORIES[1:]
+             for w, on in (('wearing', ''), ('with', ' on'), ('dressed with', ''))]
+    rows += [(c, ('colour', c)) for c in COLOURS[1:]] + [(f'on the {s}', ('side', s)) for s in SIDES]
+    return sorted(rows, key=lambda row: -len(row[0]))
+
+_PHRASES = _phrase_table()
+_THING = '|'.join((*COMPANIONS[1:], *CLASSES))
+_NEIGHBOUR = re.compile(rf'\b(?:next to|beside|with|and) an? (?:[^ ]+ )??({_THING})\b')
+
+def asked(prompt):
+    "What `prompt` asks for: a dict attribute → value, with 'cls' where it names a class."
+    found, text = {}, prompt.lower()
+    if match := _NEIGHBOUR.search(text):
+        found['companion' if match[1] in COMPANIONS else 'other'] = match[1]
+        text = text[:match.start()] + ' ' + text[match.end():]
+    for phrase, (name, value) in _PHRASES:
+        if name not in found and re.search(rf'(?<![\w<]){re.escape(phrase)}(?![\w>])', text):
+            found[name] = value; text = re.sub(rf'(?<![\w<]){re.escape(phrase)}(?![\w>])', ' ', text, count=1)
+    cls = re.search(rf"\b({'|'.join(CLASSES)})\b(?!>)", text)
+    return dict(found, cls=cls[1]) if cls else found
+
+# %% ../nbs/00f_world2.ipynb #c062
+def held_out():
+    "The combinations that no training picture shows: a tuple of ((attribute, value), (attribute, value))."
+    worn = zip(CLASSES, ('crown', 'glasses', 'scarf', 'bow tie', 'hat', 'cape', 'backpack', 'crown'))
+    done = zip(CLASSES, ('jumping', 'crying', 'upside down', 'asleep', 'waving', 'jumping', 'crying', 'asleep'))
+    hues = zip(CLASSES, ('green', 'pink', 'blue', 'red', 'purple', 'yellow', 'blue', 'pink'))
+    near = zip(CLASSES, ('rocket', 'gift', 'snowman', 'tree', 'balloon', 'sunflower', 'mushroom', 'ball'))
+    pairs = (('cat', 'fish'), ('bird', 'robot'), ('octopus', 'cup'), ('car', 'house'))
+    looks = zip(STYLES[1:], ('storm', 'rainbow', 'sun', 'fireworks', 'rain', 'storm', 'rainbow'))
+    rows = [(('cls', c), (name, v)) for name, table in (('accessory', worn), ('doing', done), ('colour', hues), ('companion', near))
+            for c, v in table]
+    rows += [(('cls', a), ('other', b)) for x, y in pairs for a, b in ((x, y), (y, x))]
+    return (*rows, *((('style', s), ('weather', w)) for s, w in looks))
+
+_HELD_OUT = frozenset(held_out())
+
+def is_held_out(values):
+    "Whether a dict attribute → value (of `attributes` or `asked`) holds a held-out combination."
+    items = list(values.items())
+    return any((a, b) in _HELD_OUT for a in items for b in items)
+
+def attributes(scene):
+    "All attributes of `scene` by name: the truth about it."
+    own = {n: getattr(scene, n) for n in ATTRIBUTES if n not in ('cls', 'other')}
+    return dict(own, cls=scene.subject.cls, other=scene.other.cls if scene.other else 'none')
+
+# %% ../nbs/00f_world2.ipynb #c063
+def _maybe(rng, values, p): return values[1 + rng.integers(len(values) - 1)] if rng.random() < p else 'none'
+
+def random_scene(rng, subject=None, style=None, held=False):
+    "A random `Scene`, of `subject` in `style` if given; without held-out combinations unless `held`."
+    while True:
+        pair = rng.random() < .25
+        scene = Scene(subject or random_instance(rng), style or ('photo' if rng.random() < .25 else STYLES[1 + rng.integers(7)]),
+                      PLACES[rng.integers(len(PLACES))], _maybe(rng, WEATHERS, .35), _maybe(rng, ACCESSORIES, .5),
+                      _maybe(rng, COLOURS, .4), _maybe(rng, DOINGS, .45), 'none' if pair else _maybe(rng, COMPANIONS, .5),
+                      random_instance(rng) if pair else None, SIDES[rng.integers(2)], random_pose(rng), int(rng.integers(2**31)))
+        if held or not is_held_out(attributes(scene)): return scene
+
+def random_caption(scene, rng):
+    "A training caption: style always, place and weather six times in seven, the side half the time, the rest always."
+    keep = {'place': .86, 'weather': .86, 'side': .5}
+    return caption(scene, said=[n for n in present(scene) if rng.random() < keep.get(n, 1)], rng=rng)
+
+# %% ../nbs/00f_world2.ipynb #c066
+VECTOR_NAMES = ('cos hue1', 'sin hue1', 'sat1', 'val1', 'cos hue2', 'sin hue2', 'sat2', 'val2',
+                *(f'pattern {p}' for p in PATTERNS), 'frequency', 'shape_a', 'shape_b',
+                *(f'emblem {e}' for e in EMBLEMS), 'cos emblem_hue', 'sin emblem_hue')
+
+def instance_vector(instance):
+    """What makes `instance` itself, as float32 [len(VECTOR_NAMES)]: hues as cos and sin, other numbers in -1..1,
+    pattern and emblem one-hot; 0 where an entry has no meaning (the frequency of no pattern)."""
+    i = instance
+    def circle(h): return [math.cos(2*math.pi*h), math.sin(2*math.pi*h)]
+    def span(v): return 2*v - 1
+    v = circle(i.hue1) + [span(i.sat1), span(i.val1)] + circle(i.hue2) + [span(i.sat2), span(i.val2)]
+    v += [float(i.pattern == p) for p in PATTERNS] + [span(i.frequency)*(i.pattern != 'none'), span(i.shape_a), span(i.shape_b)]
+    v += [float(i.emblem == e) for e in EMBLEMS] + [h*(i.emblem != 'none') for h in circle(i.emblem_hue)]
+    return np.array(v, np.float32)
+
+def own_colour(instance):
+    "The name of the body's own colour: one of COLOURS, 'none' if it is far from all, None if that is unclear."
+    body = body_colours(instance)[0]
+    distance, name = min((float(np.linalg.norm(body - np.array(rgb))), name) for name, rgb in COLOUR_RGB.items())
+    return name if distance < .2 else 'none' if distance > .4 else None
+
+def labels(scene):
+    "The truth as int16 [len(ATTRIBUTES)] in their order: index into the values; -1 where there is nothing to know."
+    truth = attributes(scene)
+    if truth['colour'] == 'none': truth['colour'] = own_colour(scene.subject)
+    if truth['companion'] == 'none' and scene.other is None: truth['side'] = None
+    return np.array([-1 if truth[n] is None else known.index(truth[n]) for n, known in ATTRIBUTES.items()], np.int16)
+
+# %% ../nbs/00f_world2.ipynb #c069
+REFERENCE_PLACES = ('plain', 'grass', 'beach', 'brick')
+REGIMES = ('varied', 'same place', 'same outfit')  # what the pictures of a reference set share, beside the subject
+SHARED_PLACE, SHARED_OUTFIT = 'brick', 'scarf'
+
+def reference_scenes(name, regime='varied', place=SHARED_PLACE, outfit=SHARED_OUTFIT):
+    """The four scenes of subject `name`: 'varied', four places; 'same place', one place and one pose; 'same outfit', four
+    places and in each the same thing to wear."""
+    subject = SUBJECTS[check_name('subject', name, SUBJECTS)]
+    check_name('regime', regime, REGIMES), check_name('place', place, PLACES), check_name('accessory', outfit, ACCESSORIES)
+    rng = np.random.default_rng([2024, list(SUBJECTS).index(name)]); hue = rng.random()
+    poses = [replace(random_pose(rng), hue=hue) for _ in range(4)]
+    if regime == 'same place': return [Scene(subject, place=place, pose=poses[0], seed=k) for k in range(4)]
+    worn = outfit if regime == 'same outfit' else 'none'
+    return [Scene(subject, place=b, accessory=worn, pose=p, seed=k) for k, (b, p) in enumerate(zip(REFERENCE_PLACES, poses))]
+
+def reference_set(name, noun=None, regime='varied', named=True, place=SHARED_PLACE, outfit=SHARED_OUTFIT):
+    "Pictures and captions of `reference_scenes`; `named=False` leaves out of the captions what all four share."
+    if regime == 'varied' and not named: raise ValueError("named=False: pictures of the regime 'varied' share nothing to leave out")
+    scenes, shared = reference_scenes(name, regime, place, outfit), dict([('same place', 'place'), ('same outfit', 'accessory')]).get(regime)
+    said = [[n for n in present(s) if named or n != shared] for s in scenes]
+    return [(render(s), caption(s, noun, said=w)) for s, w in zip(scenes, said)]
+
+# %% ../nbs/00f_world2.ipynb #c072
+def _prompts_all():
+    noun = '{subject}'
+    texts = [f"a photo of a {noun} {p[0]}" for p in (*PLACE_PHRASES.values(), *WEATHER_PHRASES.values(), *DOING_AFTER.values())]
+    texts += [t[0].format(a=f'a {noun}') for t in STYLE_TEMPLATES.values()]
+    texts += [f'a photo of a {noun} wearing {with_article(a)}' for a in ACCESSORIES[1:]] + [f'a photo of a {c} {noun}' for c in COLOURS[1:]]
+    texts += [f'a photo of a {noun} with {with_article(c)} on the {SIDES[i % 2]}' for i, c in enumerate(COMPANIONS[1:])]
+    return tuple(texts + [f'a photo of a {noun} next to {with_article(c)}' for c in CLASSES])
+
+_DREAMBENCH = ('a {subject} in the snow', 'a {subject} on the beach', 'a {subject} on the grass', 'a {subject} in the city',
+    'a {subject} in the sea', 'a {subject} in front of a brick wall', 'a {subject} under a rainbow', 'a {subject} with fireworks in the sky',
+    'a {subject} next to a tree', 'a {subject} next to a rocket at night', 'a {subject} wearing a hat', 'a {subject} wearing a crown',
+    'a {subject} wearing glasses', 'a {subject} wearing a scarf', 'a {subject} wearing a bow tie', 'a {subject} wearing a backpack',
+    'a {subject} wearing a cape', 'a {subject} wearing a hat in the city', 'a {subject} wearing a scarf in the snow',
+    'a {subject} wearing a cape under the stars', 'a red {subject}', 'a purple {subject}', 'a green {subject}', 'a blue {subject}', 'a pink {subject}')
+
+_THREE = ('a red {subject} wearing a crown on the beach', 'a green {subject} asleep in the snow', 'a blue {subject} upside down in the city',
+    'a yellow {subject} jumping in a thunderstorm', 'a purple {subject} crying in the rain', 'a pink {subject} wearing glasses under water',
+    'a {subject} wearing a hat waving under a rainbow', 'a {subject} wearing a cape jumping at night', 'a {subject} wearing a scarf with a snowman on the left',
+    'a {subject} wearing a backpack with a tree on the right', 'a {subject} asleep with a balloon on the left', 'a {subject} upside down with a ball on the right',
+    'a {subject} next to a robot at night')
+_STYLED = ('a pencil sketch of a red {subject} wearing a hat', 'a neon sign of a {subject} wearing a crown next to a gift', 'a blueprint of a {subject} next to a car',
+    'a stained glass of a blue {subject} asleep', 'a crayon drawing of a {subject} jumping next to a sunflower', 'a watercolor painting of a green {subject} in a thunderstorm',
+    'a pixel art of a {subject} wearing glasses next to a rocket', 'a neon sign of a yellow {subject} upside down', 'a blueprint of a purple {subject} wearing a scarf',
+    'a pencil sketch of a {subject} crying with fireworks in the sky', 'a crayon drawing of a {subject} next to a cat on the grass',
+    'a stained glass of a {subject} waving with a mushroom on the left')
+
+def prompt_set(name):
+    "The prompts of a set, with {subject} for token and noun: 'tinyworld' (all values), 'dreambench' (25) or 'hard' (25)."
+    sets = dict(tinyworld=_prompts_all(), dreambench=tuple(f'a photo of {p}' for p in _DREAMBENCH),
+                hard=tuple(f'a photo of {p}' for p in _THREE) + _STYLED)
+    return sets[check_name('prompt set', name, sets)]
+
+# %% ../nbs/00f_world2.ipynb #c075
+def _render_one(job):
+    "All pictures of instance number `index`: what `render_dataset` gives to a process."
+    seed, index, n = job
+    rng = np.random.default_rng([seed, index]); instance = random_instance(rng)
+    scenes = [random_scene(rng, instance) for _ in range(n)]
+    texts = [[random_caption(s, rng) for _ in range(3)] for s in scenes]
+    return np.stack([render(s) for s in scenes]), np.stack([labels(s) for s in scenes]), texts, instance_vector(instance)
+
+def render_dataset(n_instances, pictures_per_instance, seed=0, processes=1):
+    """Arrays for training, the same for any number of processes: images uint8 [N, 64, 64, 3]; labels int16
+    [N, len(ATTRIBUTES)]; captions, N lists of three; instance int32 [N]; vector float32 [N, len(VECTOR_NAMES)]."""
+    n, p = n_instances, pictures_per_instance
+    if min(n, p, processes) < 1: raise ValueError("n_instances, pictures_per_instance and processes must be at least 1")
+    out = dict(images=np.empty((n, p, SIZE, SIZE, 3), np.uint8), labels=np.empty((n, p, len(ATTRIBUTES)), np.int16),
+               vector=np.empty((n, p, len(VECTOR_NAMES)), np.float32), captions=[])
+    jobs = [(seed, i, p) for i in range(n)]
+    pool = multiprocessing.get_context('fork').Pool(processes) if processes > 1 else None
+    try:
+        for i, (images, truth, texts, vector) in enumerate(pool.imap(_render_one, jobs, 16) if pool else map(_render_one, jobs)):
+            out['images'][i], out['labels'][i], out['vector'][i] = images, truth, vector; out['captions'] += texts
+    finally:
+        if pool: pool.terminate()
+    flat = {k: v.reshape(n*p, *v.shape[2:]) for k, v in out.items() if k != 'captions'}
+    return dict(flat, captions=out['captions'], instance=np.repeat(np.arange(n, dtype=np.int32), p))
