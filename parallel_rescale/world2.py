@@ -10,8 +10,9 @@ __all__ = ['CLASSES', 'STYLES', 'PLACES', 'WEATHERS', 'ACCESSORIES', 'COLOURS', 
            'REFERENCE_PLACES', 'REGIMES', 'SHARED_PLACE', 'SHARED_OUTFIT', 'check_name', 'Instance', 'Pose',
            'random_pose', 'Scene', 'body_colours', 'is_near', 'random_instance', 'ellipse', 'box', 'ribbon', 'ring',
            'star', 'heart', 'moon', 'Anchors', 'parts', 'palette', 'render', 'with_article', 'present', 'caption',
-           'asked', 'held_out', 'is_held_out', 'attributes', 'random_scene', 'random_caption', 'instance_vector',
-           'own_colour', 'labels', 'reference_scenes', 'reference_set', 'prompt_set', 'render_dataset']
+           'all_words', 'asked', 'held_out', 'is_held_out', 'attributes', 'random_scene', 'random_caption',
+           'instance_vector', 'own_colour', 'labels', 'reference_scenes', 'reference_set', 'prompt_set',
+           'render_dataset']
 
 # %% ../nbs/00f_world2.ipynb #c002
 import colorsys, difflib, math, multiprocessing, re
@@ -938,7 +939,16 @@ def caption(scene, noun=None, other_noun=None, said=None, rng=None):
     where = [pick(PLACE_PHRASES[scene.place])] if 'place' in said else []
     return ' '.join([phrase, *where, *([pick(WEATHER_PHRASES[scene.weather])] if 'weather' in said else [])])
 
-# %% ../nbs/00f_world2.ipynb #c060
+# %% ../nbs/00f_world2.ipynb #c058
+def all_words():
+    "Every wording of the grammar, for a tokenizer to learn its words from."
+    tables = (STYLE_TEMPLATES, PLACE_PHRASES, WEATHER_PHRASES, DOING_BEFORE, DOING_AFTER)
+    phrases = [p.replace('{a}', 'a') for table in tables for options in table.values() for p in options]
+    things = [with_article(v) for k in ('cls', 'accessory', 'companion', 'colour') for v in ATTRIBUTES[k] if v != 'none']
+    extra = [w.format(b='a', side=s) for w in NEXT_TO for s in SIDES] + ['wearing a', 'with a hat on', 'dressed with a']
+    return (*phrases, *things, *extra)
+
+# %% ../nbs/00f_world2.ipynb #c061
 def _phrase_table():
     "Every wording with the (attribute, value) it asks for, longest first."
     rows = [(p, (name, value)) for name, table in (('place', PLACE_PHRASES), ('weather', WEATHER_PHRASES),
@@ -965,7 +975,7 @@ def asked(prompt):
     cls = re.search(rf"\b({'|'.join(CLASSES)})\b(?!>)", text)
     return dict(found, cls=cls[1]) if cls else found
 
-# %% ../nbs/00f_world2.ipynb #c062
+# %% ../nbs/00f_world2.ipynb #c063
 def held_out():
     "The combinations that no training picture shows: a tuple of ((attribute, value), (attribute, value))."
     worn = zip(CLASSES, ('crown', 'glasses', 'scarf', 'bow tie', 'hat', 'cape', 'backpack', 'crown'))
@@ -991,7 +1001,7 @@ def attributes(scene):
     own = {n: getattr(scene, n) for n in ATTRIBUTES if n not in ('cls', 'other')}
     return dict(own, cls=scene.subject.cls, other=scene.other.cls if scene.other else 'none')
 
-# %% ../nbs/00f_world2.ipynb #c063
+# %% ../nbs/00f_world2.ipynb #c064
 def _maybe(rng, values, p): return values[1 + rng.integers(len(values) - 1)] if rng.random() < p else 'none'
 
 def random_scene(rng, subject=None, style=None, held=False):
@@ -1009,7 +1019,7 @@ def random_caption(scene, rng):
     keep = {'place': .86, 'weather': .86, 'side': .5}
     return caption(scene, said=[n for n in present(scene) if rng.random() < keep.get(n, 1)], rng=rng)
 
-# %% ../nbs/00f_world2.ipynb #c066
+# %% ../nbs/00f_world2.ipynb #c067
 VECTOR_NAMES = ('cos hue1', 'sin hue1', 'sat1', 'val1', 'cos hue2', 'sin hue2', 'sat2', 'val2',
                 *(f'pattern {p}' for p in PATTERNS), 'frequency', 'shape_a', 'shape_b',
                 *(f'emblem {e}' for e in EMBLEMS), 'cos emblem_hue', 'sin emblem_hue')
@@ -1038,7 +1048,7 @@ def labels(scene):
     if truth['companion'] == 'none' and scene.other is None: truth['side'] = None
     return np.array([-1 if truth[n] is None else known.index(truth[n]) for n, known in ATTRIBUTES.items()], np.int16)
 
-# %% ../nbs/00f_world2.ipynb #c069
+# %% ../nbs/00f_world2.ipynb #c070
 REFERENCE_PLACES = ('plain', 'grass', 'beach', 'brick')
 REGIMES = ('varied', 'same place', 'same outfit')  # what the pictures of a reference set share, beside the subject
 SHARED_PLACE, SHARED_OUTFIT = 'brick', 'scarf'
@@ -1061,7 +1071,7 @@ def reference_set(name, noun=None, regime='varied', named=True, place=SHARED_PLA
     said = [[n for n in present(s) if named or n != shared] for s in scenes]
     return [(render(s), caption(s, noun, said=w)) for s, w in zip(scenes, said)]
 
-# %% ../nbs/00f_world2.ipynb #c072
+# %% ../nbs/00f_world2.ipynb #c073
 def _prompts_all():
     noun = '{subject}'
     texts = [f"a photo of a {noun} {p[0]}" for p in (*PLACE_PHRASES.values(), *WEATHER_PHRASES.values(), *DOING_AFTER.values())]
@@ -1094,7 +1104,7 @@ def prompt_set(name):
                 hard=tuple(f'a photo of {p}' for p in _THREE) + _STYLED)
     return sets[check_name('prompt set', name, sets)]
 
-# %% ../nbs/00f_world2.ipynb #c075
+# %% ../nbs/00f_world2.ipynb #c076
 def _render_one(job):
     "All pictures of instance number `index`: what `render_dataset` gives to a process."
     seed, index, n = job
