@@ -1092,7 +1092,7 @@ _THREE = ('a red {subject} wearing a crown on the beach', 'a green {subject} asl
     'a {subject} wearing a hat waving under a rainbow', 'a {subject} wearing a cape jumping at night', 'a {subject} wearing a scarf with a snowman on the left',
     'a {subject} wearing a backpack with a tree on the right', 'a {subject} asleep with a balloon on the left', 'a {subject} upside down with a ball on the right',
     'a {subject} next to a robot at night')
-_STYLED = ('a pencil sketch of a red {subject} wearing a hat', 'a neon sign of a {subject} wearing a crown next to a gift', 'a blueprint of a {subject} next to a car',
+_STYLED = ('a pencil sketch of a red {subject} wearing a hat', 'a neon sign of a {subject} wearing a crown next to a gift', 'a blueprint of a {subject} crying next to a car',
     'a stained glass of a blue {subject} asleep', 'a crayon drawing of a {subject} jumping next to a sunflower', 'a watercolor painting of a green {subject} in a thunderstorm',
     'a pixel art of a {subject} wearing glasses next to a rocket', 'a neon sign of a yellow {subject} upside down', 'a blueprint of a purple {subject} wearing a scarf',
     'a pencil sketch of a {subject} crying with fireworks in the sky', 'a crayon drawing of a {subject} next to a cat on the grass',
