@@ -370,7 +370,7 @@ def every(rule: Guidance, k: int) -> Guidance:
 # %% ../nbs/05_guidance.ipynb #c046
 def known_rules() -> dict[str, type[Guidance]]:
     "`RULES`, with all rules of this package in it, whatever was imported before."
-    for module in ("style_contrast", "adaptive", "several"): import_module(f"parallel_rescale.{module}")
+    for module in ("style_contrast", "adaptive", "several", "rivals"): import_module(f"parallel_rescale.{module}")
     return RULES
 
 def _value(text):
