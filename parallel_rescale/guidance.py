@@ -370,7 +370,7 @@ def every(rule: Guidance, k: int) -> Guidance:
 # %% ../nbs/05_guidance.ipynb #c046
 def known_rules() -> dict[str, type[Guidance]]:
     "`RULES`, with all rules of this package in it, whatever was imported before."
-    for module in ("style_contrast", "adaptive", "several"): import_module(f"parallel_rescale.{module}")
+    for module in ("style_contrast", "adaptive", "several", "rivals"): import_module(f"parallel_rescale.{module}")
     return RULES
 
 def _value(text):
@@ -417,6 +417,6 @@ def label(rule: Guidance) -> str:
     if isinstance(rule, CFG) and not rule.needs_subject: return text.replace("CFG", "base CFG")
     if isinstance(rule, AutoGuidance): return f"{text}, weak {_short(rule.weak)}"
     if isinstance(rule, ParallelRescale) and rule.ratio != "normalize": text += f", {rule.ratio}"
-    further = [f.name for f in fields(rule) if kinds.get(f.name) == Scale and f.name not in leading and getattr(rule, f.name) != f.default]
+    further = [f.name for f in fields(rule) if f.name in kinds.keys() - {*leading, "adapter"} and getattr(rule, f.name) != f.default]
     text += "".join(f", {name} {_short(getattr(rule, name))}" for name in further)
     return text + (", whole" if isinstance(rule, ParallelRescale) and rule.whole else "")
