@@ -12,7 +12,7 @@ import pandas as pd
 
 from .analysis import family_title, markdown_table, matched, mean_interval, paired_differences, plot_tradeoff
 from .tiny import TINY_SDXL
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/11_evidence.ipynb #c005
 RECORDED = Path(TINY_SDXL).parent / "data" / "evidence"

@@ -21,7 +21,7 @@ from .cfg import cfg
 from .projection import project
 from .consistency import consistency_guidance
 from .normalization import RATIOS, parallel_rescale
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/05_guidance.ipynb #c008
 Scale = float | Callable[[float], float]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .cfg import cfg
 from .guidance import CFG, Adapter, Branch, Guidance, Scale, _Wrapper
 from .projection import coefficient, project
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/05f_rivals.ipynb #r008
 def _shortened(d, norm):

@@ -15,7 +15,7 @@ from .cfg import cfg
 from .guidance import Branch, SubjectGuidance
 from .normalization import RATIOS, parallel_rescale
 from .projection import coefficient, project
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/05e_several_subjects.ipynb #c012
 def without_conflict(pushes, # d_i, n tensors [B, C, H, W]

@@ -13,7 +13,7 @@ import torch
 
 from .guidance import Branch, Scale, SubjectGuidance
 from .normalization import RATIOS, parallel_rescale
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/05c_style_contrast.ipynb #c008
 def style_leak(g_cons, # ε_θ(c_subj) − ε_φ(c_base), [B, C, H, W]
