@@ -96,13 +96,13 @@ def main():
         null, base = call(x, t, "null", "base", cross_attention_kwargs={"scale": 0.}).chunk(2)
         return rule.combine(null, base, call(x, t, "subject"))
 
-    def with_rule(rule, max_rows=None):
+    def with_rule(rule, one_branch_a_call=False):
         def run(batch):
-            with guided(unet, rule, prompts, scheduler=scheduler, max_rows=max_rows): return sample(lambda x, t: call(x, t, "null"), scheduler, batch, side, a.steps, like)
+            with guided(unet, rule, prompts, scheduler=scheduler, max_rows=batch if one_branch_a_call else None): return sample(lambda x, t: call(x, t, "null"), scheduler, batch, side, a.steps, like)
         return run
 
     ways = {"one": with_rule(ParallelRescale()), "two": lambda batch: sample(two_calls, scheduler, batch, side, a.steps, like),
-            "three": with_rule(ParallelRescale(), max_rows=batch), "every": with_rule(every(ParallelRescale(), 2)), "cfg": with_rule(CFG())}
+            "three": with_rule(ParallelRescale(), one_branch_a_call=True), "every": with_rule(every(ParallelRescale(), 2)), "cfg": with_rule(CFG())}
     device = torch.cuda.get_device_name() if like.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     base = "the embedded model" if a.base == TINY_SDXL else f"random-sdxl ({a.size})" if a.base == "random-sdxl" else a.base
     lines = [f"# Guided sampling: {base}", "", f"{device}, {a.dtype}, latents {side}×{side}, {tokens} tokens, LoRA rank {a.rank}, torch {torch.__version__}; {a.steps} steps, medians of {a.repeats} turns. "

@@ -127,9 +127,9 @@ def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, 
     return plan
 
 def _placed(model):
-    "A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the weights."
-    parameters = list(model.parameters())
-    return next((p for p in parameters if p.device.type != "meta"), torch.empty(0, dtype=parameters[0].dtype))
+    "A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the weights. No list of all: this stands in every step."
+    there = next((p for p in model.parameters() if p.device.type != "meta"), None)
+    return torch.empty(0, dtype=next(model.parameters()).dtype) if there is None else there
 
 @contextmanager
 def _carried_out(plan):
