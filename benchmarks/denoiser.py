@@ -96,18 +96,18 @@ def main():
         null, base = call(x, t, "null", "base", cross_attention_kwargs={"scale": 0.}).chunk(2)
         return rule.combine(null, base, call(x, t, "subject"))
 
-    def with_rule(rule, batched=True):
+    def with_rule(rule, one_branch_a_call=False):
         def run(batch):
-            with guided(unet, rule, prompts, scheduler=scheduler, batched=batched): return sample(lambda x, t: call(x, t, "null"), scheduler, batch, side, a.steps, like)
+            with guided(unet, rule, prompts, scheduler=scheduler, max_rows=batch if one_branch_a_call else None): return sample(lambda x, t: call(x, t, "null"), scheduler, batch, side, a.steps, like)
         return run
 
     ways = {"one": with_rule(ParallelRescale()), "two": lambda batch: sample(two_calls, scheduler, batch, side, a.steps, like),
-            "three": with_rule(ParallelRescale(), batched=False), "every": with_rule(every(ParallelRescale(), 2)), "cfg": with_rule(CFG())}
+            "three": with_rule(ParallelRescale(), one_branch_a_call=True), "every": with_rule(every(ParallelRescale(), 2)), "cfg": with_rule(CFG())}
     device = torch.cuda.get_device_name() if like.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     base = "the embedded model" if a.base == TINY_SDXL else f"random-sdxl ({a.size})" if a.base == "random-sdxl" else a.base
     lines = [f"# Guided sampling: {base}", "", f"{device}, {a.dtype}, latents {side}×{side}, {tokens} tokens, LoRA rank {a.rank}, torch {torch.__version__}; {a.steps} steps, medians of {a.repeats} turns. "
              "One call: `ParallelRescale` through `guided`; two calls: null and base with the LoRA at scale 0, then the subject (the DCO authors' sampler); "
-             "three calls: `batched=False`; `every`: `every(ParallelRescale(), 2)`. Ratios are of times in the same turn.", "",
+             "three calls: `max_rows=` the number of pictures; `every`: `every(ParallelRescale(), 2)`. Ratios are of times in the same turn.", "",
              "| batch | one call, ms a step | two calls / one | three calls / one | outside the UNet | every / CFG | one call / CFG |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for batch in a.batches:
         for way in ways.values(): way(batch)      # warm up

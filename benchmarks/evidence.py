@@ -32,6 +32,7 @@ from parallel_rescale.grid import load_scores, noise_seed, picture_name, prompt_
 from parallel_rescale.guidance import label
 from parallel_rescale.pipeline import diagnostics
 from parallel_rescale.plot import image_grid
+from parallel_rescale.rivals import APG, AutoLoRA, CFGZero, FrequencyGuidance, PerpNeg, TangentialCFG, WeakLoRA
 from parallel_rescale.subject_folder import base_prompt, subject_prompt
 from parallel_rescale.world import SUBJECTS, reference_set
 
@@ -80,6 +81,13 @@ def parts():
     rules |= {f"consistency {TEXT:g}/{w:g}, interval": interval(ConsistencyGuidance(TEXT, w), .2, .8) for w in (1.0, 2.0)}
     rules["negative style 3/2, a quarter"] = NegativeStyle(TEXT, 2.0, .25)
     return rules | {label(r): r for r in (TextFloor(TEXT, 4.0), OwnWords(TEXT, 2.0), AutoGuidance(2.1))}
+
+
+def rivals():
+    "The rules of other people. Superclass mixing and switching are left out: where no word is trained they are CFG to the digit."
+    rules = [make(w) for make in (APG, CFGZero, TangentialCFG) for w in (1.5, 3.0)] + [FrequencyGuidance(w, 2 * w) for w in (1.5, 3.0)]
+    rules += [PerpNeg(w, 0.5) for w in (1.5, 3.0)] + [AutoLoRA(TEXT, TEXT, g) for g in (0.7, 1.3)]
+    return {label(r): r for r in rules} | {f"{label(r)}, across": r for r in (WeakLoRA(w, 0.5, part="across") for w in (1.5, 3.0))}
 
 
 def captions():
@@ -131,6 +139,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "regimes": Experiment(BOTH, ALL, regimes, images="webp"),
+    "rivals": Experiment(BOTH, ALL, rivals),
     "captions": Experiment(["dco; same place, named", "dreambooth 400; same place, named", "dreambooth 400, prior; same place"], ALL, captions),
     "parts": Experiment(BOTH, ALL, parts),
     "outfit": Experiment(["dco; same outfit"], HATLESS, outfit),

@@ -19,6 +19,8 @@ _PUBLIC = {  # module -> the names it gives to the top level
     "style_contrast": ["StyleContrast", "NegativeStyle"],
     "adaptive": ["TextFloor", "OwnWords", "Focus", "FocusedContrast"],
     "several": ["SeveralSubjects"],
+    "rivals": ["APG", "CFGZero", "TangentialCFG", "FrequencyGuidance", "PerpNeg", "AutoLoRA", "SuperclassMix", "WeakLoRA",
+               "LoRAComposite", "switch"],
     "denoiser": ["guided"],
     "pipeline": ["SubjectPipeline", "Record"],
     "subject_folder": ["Subject"],

@@ -80,6 +80,7 @@ def load_base(
         warnings.filterwarnings('ignore', '.*torch_dtype', FutureWarning)      # diffusers' old name for it, the only one that all versions know
         pipe = load_parts(base, mixed_precision, variant, revision, vae)
     pipe.set_progress_bar_config(disable=True)
+    if pipe.default_sample_size > 64: pipe.vae.enable_slicing()               # one picture at a time, 3 GiB each at 1024²
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2): part.requires_grad_(False).eval()
     broken = next((name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()), None)
     if broken: raise ValueError(f"base={str(base)!r}: NaN or infinite numbers in the UNet's {broken}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .cfg import cfg
-from .guidance import Branch, ConsistencyGuidance, Guidance, Scale, check_share
+from .guidance import Branch, Share, SubjectGuidance
 from .projection import coefficient
 from .style_contrast import StyleContrast
 
@@ -29,18 +29,10 @@ def bearable(g_cons, # consistency direction [B, C, H, W]
 
 # %% ../nbs/05d_adaptive.ipynb #c008
 @dataclass(frozen=True, repr=False)
-class TextFloor(Guidance):
+class TextFloor(SubjectGuidance):
     "Consistency guidance with the largest weight ω ≤ ω_cons that leaves the text the share `keep` of its push, Eq. (2) (this project's)."
     name, title, color = "text_floor", "text floor", "#117733"
-    anchor = 1
-    branches = ConsistencyGuidance.branches
-    text: Scale = 7.5 # ω_text
-    consistency: Scale = 3.0 # ω_cons, the most that is given
-    keep: Scale = 0.8 # κ in [0, 1]
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_share(self, "keep")
+    keep: Share = 0.8 # κ
 
     def combine(self, null, base, subject):
         g_text, g_cons = base - null, subject - base
@@ -49,18 +41,14 @@ class TextFloor(Guidance):
 
 # %% ../nbs/05d_adaptive.ipynb #c012
 @dataclass(frozen=True, repr=False)
-class OwnWords(Guidance):
-    "ε_φ(∅) + ω_text·g_text + ω_cons·(ε_θ(c_ref^subj) − ε_φ(c_ref)), Eq. (3): the subject as its references' own prompt tells it (this project's)."
+class OwnWords(SubjectGuidance):
+    "The direction ε_θ(c_ref^subj) − ε_φ(c_ref), Eq. (3): the subject as its references' own prompt tells it (this project's)."
     name, title, color = "own_words", "own words", "#332288"
-    anchor = 1
-    text: Scale = 7.5 # ω_text
-    consistency: Scale = 3.0 # ω_cons
 
     @property
     def branches(self): return Branch("null"), Branch("base"), Branch("reference"), Branch("subject_reference", 1.)
 
-    def combine(self, null, base, reference, subject_reference):
-        return cfg(null, base, self.text) + self.consistency * (subject_reference - reference)
+    def direction(self, null, base, reference, subject_reference): return subject_reference - reference
 
 # %% ../nbs/05d_adaptive.ipynb #c016
 def strongest(g, # a direction [B, C, H, W]
@@ -76,34 +64,20 @@ def strongest(g, # a direction [B, C, H, W]
 
 # %% ../nbs/05d_adaptive.ipynb #c018
 @dataclass(frozen=True, repr=False)
-class Focus(Guidance):
+class Focus(SubjectGuidance):
     "Consistency guidance at the `share` of locations where it pushes hardest, Eq. (4); base-model CFG elsewhere (this project's)."
     name, title, color = "focus", "focus", "#AA4499"
-    anchor = 1
-    branches = ConsistencyGuidance.branches
-    text: Scale = 7.5 # ω_text
-    consistency: Scale = 3.0 # ω_cons
-    share: Scale = 0.5 # s in [0, 1]
+    share: Share = 0.5 # s
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_share(self, "share")
-
-    def combine(self, null, base, subject):
-        where = strongest(subject.float() - base.float(), self.share)       # rounded differences would tie
-        return cfg(null, base, self.text) + self.consistency * (subject - base) * where
+    def direction(self, null, base, subject):
+        return (subject - base) * strongest(subject.float() - base.float(), self.share)      # rounded differences would tie
 
 # %% ../nbs/05d_adaptive.ipynb #c024
 @dataclass(frozen=True, repr=False)
 class FocusedContrast(StyleContrast):
     "Style contrast at the `share` of locations where the subject pushes hardest (this project's)."
     name, title, color = "focused_contrast", "focused contrast", "#000000"
-    share: Scale = 0.5 # s in [0, 1]
+    share: Share = 0.5 # s
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_share(self, "share")
-
-    def combine(self, null, base, reference, subject):
-        where = strongest(subject.float() - base.float(), self.share)
-        return cfg(null, base, self.text) + self.consistency * self.direction(subject - base, reference - base, base - null) * where
+    def direction(self, null, base, reference, subject):
+        return super().direction(null, base, reference, subject) * strongest(subject.float() - base.float(), self.share)

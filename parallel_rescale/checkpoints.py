@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'LOG', 'SETTINGS', 'OWN_FILES', 'step_generator', 'optimizer_state', 'load_optimizer_state',
-           'write_json', 'write_checkpoint', 'checkpoints', 'read_state', 'restore', 'warn_about_versions',
-           'find_checkpoint', 'append_log', 'training_log', 'cut_log', 'check_output', 'clear_output', 'interruptible']
+           'write_checkpoint', 'checkpoints', 'read_state', 'restore', 'warn_about_versions', 'find_checkpoint',
+           'append_log', 'training_log', 'cut_log', 'check_output', 'clear_output', 'interruptible']
 
 # %% ../nbs/08c_checkpoints.ipynb #c003
 import json, os, shutil, signal, threading, warnings
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .subject_folder import installed_versions, share
+from .util import write_json
 
 # %% ../nbs/08c_checkpoints.ipynb #c008
 def step_generator(*numbers):
@@ -41,12 +42,6 @@ def load_optimizer_state(optimizer, tensors, values):
 
 # %% ../nbs/08c_checkpoints.ipynb #c015
 CHECKPOINT, LOG = 'checkpoint-', 'training_log.jsonl'
-
-def write_json(file, value):
-    "Write a JSON file in one go: a reader sees the old or the new one, never half of it."
-    part = Path(f"{file}.part")
-    part.write_text(json.dumps(value, indent=2, default=str) + '\n', encoding='utf-8')
-    os.replace(part, file)
 
 # %% ../nbs/08c_checkpoints.ipynb #c016
 def write_checkpoint(

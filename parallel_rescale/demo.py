@@ -72,11 +72,11 @@ def summary(table) -> dict:
 # %% ../nbs/11b_demo.ipynb #d014
 WRONG = "#E00000"
 
-def grid_rows(subject, references, drawn, tables, which):
-    "The first seed's pictures for the prompts `which`, their frames and labels; each row begins with a reference."
+def grid_rows(subject, references, drawn, tables, which, shown=""):
+    "The first seed's pictures for the prompts `which`, their frames and labels (after `shown`); each row begins with a reference."
     pictures = [[references[j % len(references)].image] + [column[i] for column in drawn.values()] for j, i in enumerate(which)]
     frames = [[None] + [WRONG if tables[rule].background[i] < .5 else None for rule in drawn] for i in which]
-    return pictures, frames, [caption(demo_names(subject)[0], *DEMO_PROMPTS[i]) for i in which]
+    return pictures, frames, [shown + caption(demo_names(subject)[0], *DEMO_PROMPTS[i]) for i in which]
 
 def page(title, drawn, *parts) -> Image.Image:
     "A grid of several `grid_rows`: columns for a reference, the truth and each rule; red frames where the place is not the one asked for."
@@ -98,7 +98,8 @@ def plot_p(records, cells):
     "Consistency_p over the steps, for photo prompts and stylised ones apart; the figure."
     photo = [style == "photo" for _, style, _ in cells]
     groups = {"photo prompts": [i for i, p in enumerate(photo) if p], "stylised prompts": [i for i, p in enumerate(photo) if not p]}
-    return plot_ratio({kind: of_samples(records, which) for kind, which in groups.items()}).figure
+    return plot_ratio({kind: of_samples(records, which) for kind, which in groups.items()}, colors=("0.55", "black"),
+                      title="The subject's pull speaks against the text, more so late").figure    # greys: colours are the rules'
 
 # %% ../nbs/11b_demo.ipynb #d020
 def worst(table) -> int:
@@ -174,7 +175,7 @@ def report(folder, subject, tables, settings) -> str:
 # %% ../nbs/11b_demo.ipynb #d025
 TITLES = {"same place": "{} was shown before one wall. In red: not the place that was asked for",
           "varied": "{} was shown in four places, and the captions name them"}
-BOTH = "{}, first shown before one wall, below in four places. In red: not the place that was asked for"
+BOTH = "What {} was taught from comes along: one wall, or four places. In red: not the place that was asked for"
 
 def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_train_steps=None, overwrite=False, say=print):
     "Teach the embedded model a subject from references in one place and in four, draw, judge and report; the files are in `folder`."
@@ -191,12 +192,12 @@ def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_trai
         times[name] = f"{taught - begun:.0f} s of fine-tuning, {time.perf_counter() - taught:.0f} s of drawing"
         drawn[name]["the truth"] = [Image.fromarray(truth(subject, style, background, s)) for s, style, background in cells]
         tables[name] = {rule: judged(subject, references, pictures, cells) for rule, pictures in drawn[name].items()}
-        grids[name] = lambda which, key=(subject, references, drawn[name], tables[name]): grid_rows(*key, which)
+        grids[name] = lambda which, shown="", key=(subject, references, drawn[name], tables[name]): grid_rows(*key, which, shown)
         page(TITLES[name].format(demo_names(subject)[0]), drawn[name], grids[name](range(len(DEMO_PROMPTS)))).save(folder / f"grid_{file}.png")
         if name == "same place": plot_p(records, cells).savefig(folder / "consistency_p.png", dpi=100)
     say("3/3 writing the report")
     worst_page(drawn, tables).save(folder / "worst.png")
-    page(BOTH.format(demo_names(subject)[0]), drawn[name], grids["same place"]((0, 1, 3)), grids["varied"]((0, 3))).save(folder / "grid.png")
+    page(BOTH.format(demo_names(subject)[0]), drawn[name], grids["same place"]((0, 1, 3), "taught from one wall: "), grids["varied"]((0, 3), "from four places: ")).save(folder / "grid.png")
     settings = {"sampling steps": steps, "seeds": f"{min(seeds)} to {max(seeds)}"} | {k: saved.settings[k] for k in _REPORTED if k in saved.settings} | times
     (folder / "report.md").write_text(report(folder, subject, tables, settings), encoding="utf-8")
     say(f"done in {time.perf_counter() - started:.0f} s:\n  {folder}/report.md, with its figures; first look at {folder}/grid.png\n"

@@ -99,6 +99,13 @@ def _row_scale(values: Sequence[float], like: torch.Tensor, partial: bool):
     return RowScale(rows.to(like.device, non_blocking=True), only if len(rows) < len(values) else None)
 
 # %% ../nbs/06_denoiser.ipynb #c022
+def _rows_before(dropout, rows: slice, made: dict):
+    "`Rows` in front of a layer's dropout. Where that does nothing one is enough for all layers: to make a module takes longer than to plan a layer."
+    if type(dropout) is not torch.nn.Identity: return Rows(rows, dropout).train(dropout.training)
+    key = rows.start, rows.stop
+    if key not in made: made[key] = Rows(rows, dropout)
+    return made[key]
+
 def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, dict]]:
     "What to change so that row r runs at scale rows[r]: (a dictionary of a layer, some of its entries now, and those entries then)."
     from peft.tuners.lora import Conv2d, Linear
@@ -111,7 +118,7 @@ def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, 
             if (key := (adapter, base, partial)) not in made:
                 made[key] = _row_scale([_scale_of(s, adapter) * base for s in rows], like, partial)
             scale = scaling[adapter] = made[key]
-            if getattr(scale, "only", None): dropout[adapter] = Rows(scale.only, dropouts[adapter]).train(layer.training)
+            if getattr(scale, "only", None): dropout[adapter] = _rows_before(dropouts[adapter], scale.only, made)
         plan.append((layer.scaling, dict(layer.scaling), scaling))
         if dropout: plan.append((dropouts, {a: dropouts[a] for a in dropout}, dropout))
         # what would be multiplied by 0 in every row need not be computed
@@ -120,9 +127,9 @@ def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, 
     return plan
 
 def _placed(model):
-    "A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the weights."
-    parameters = list(model.parameters())
-    return next((p for p in parameters if p.device.type != "meta"), torch.empty(0, dtype=parameters[0].dtype))
+    "A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the weights. No list of all: this stands in every step."
+    there = next((p for p in model.parameters() if p.device.type != "meta"), None)
+    return torch.empty(0, dtype=next(model.parameters()).dtype) if there is None else there
 
 @contextmanager
 def _carried_out(plan):
@@ -406,8 +413,10 @@ def guided(unet,                        # a diffusers UNet, e.g. pipe.unet
     if not isinstance(rule, Guidance): raise ValueError(f"rule must be a guidance rule such as ParallelRescale(), got {rule!r}")
     if scheduler is None and _counts_steps(rule): raise ValueError(f"{rule!r} counts steps: pass scheduler=pipe.scheduler")
     session, outer = _Session(unet, rule, prompts, scheduler, checked_rows(max_rows, batched), on_step, tokens_only), _innermost.get(unet)
-    hooks = (unet.register_forward_pre_hook(session.before, with_kwargs=True),
-             unet.register_forward_hook(session.after, always_call=True))
+    # a UNet compiled in place (unet.compile()) would compile its hooks too, and again for every rule and step
+    eager = torch.compiler.disable if getattr(unet, "_compiled_call_impl", None) else (lambda hook: hook)
+    hooks = (unet.register_forward_pre_hook(eager(session.before), with_kwargs=True),
+             unet.register_forward_hook(eager(session.after), always_call=True))
     _innermost[unet] = session
     try:
         yield

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .exercises import know_exercises
 from .world import check_name
 
 # %% ../nbs/00c_plot.ipynb #c005
@@ -42,7 +43,7 @@ def stored_jpeg(image) -> bytes | None:
     return next((page for page in tries if len(page) <= STORED), page_bytes(image, "jpeg", quality=1))
 
 def notebook_style():
-    "For notebooks: plain small figures, each stored once as PNG, no chatter from diffusers and transformers."
+    "For notebooks: plain small figures, each stored once as PNG, the cell magic `%%exercise`, no chatter from diffusers and transformers."
     import warnings, diffusers, transformers
     import matplotlib.pyplot as plt
     from IPython import get_ipython
@@ -51,6 +52,7 @@ def notebook_style():
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     plt.rcParams.update({"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False})
+    know_exercises()
     if (shell := get_ipython()) is None: return
     formatters = shell.display_formatter.formatters
     plt.close(plt.figure()) # the notebook's backend registers its own formatter with the first figure; ours comes after it

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from .cfg import cfg
-from .guidance import Branch, Guidance, Scale
+from .guidance import Branch, SubjectGuidance
 from .normalization import RATIOS, parallel_rescale
 from .projection import coefficient, project
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/05e_several_subjects.ipynb #c012
 def without_conflict(pushes, # d_i, n tensors [B, C, H, W]
@@ -79,13 +79,10 @@ def _regions(value, n):
 
 # %% ../nbs/05e_several_subjects.ipynb #c022
 @dataclass(frozen=True, repr=False)
-class SeveralSubjects(Guidance):
+class SeveralSubjects(SubjectGuidance):
     "ε_φ(∅) + ω_text·g_text + Σ ω_i·R(g_i; g_text), Eq. (1): a consistency signal for each of several adapters (this project's, for an open question of arXiv 2506.00607)."
     name, title, color = "several", "several subjects", "#661100"
-    anchor = 1
     needs_subject = True
-    text: Scale = 7.5 # ω_text
-    consistency: Scale = 3.0 # ω_cons
     subjects: tuple = ("subject",) # names of adapters; each reads the prompt of its own name
     shares: tuple = () # s_i: ω_i = ω_cons·s_i; default: 1 for each
     ratio: str = "normalize" # what becomes of the part parallel to g_text, see `parallel_rescale`

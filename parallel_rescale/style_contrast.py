@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .cfg import cfg
-from .guidance import Branch, ConsistencyGuidance, Guidance, Scale
+from .guidance import Branch, Scale, SubjectGuidance
 from .normalization import RATIOS, parallel_rescale
-from .world import check_name
+from .util import check_name
 
 # %% ../nbs/05c_style_contrast.ipynb #c008
 def style_leak(g_cons, # ε_θ(c_subj) − ε_φ(c_base), [B, C, H, W]
@@ -31,23 +30,16 @@ def style_leak(g_cons, # ε_θ(c_subj) − ε_φ(c_base), [B, C, H, W]
     return torch.where(size < 1e-36, 0., (g_cons * g_style).mean(dims, keepdim=True).clamp(min=0) / size)
 
 # %% ../nbs/05c_style_contrast.ipynb #c012
-class _Contrast(Guidance):
+class _Contrast(SubjectGuidance):
     "What rules with the branch `reference` share; it is the base model's, as are null and base."
-    anchor = 1
-
     @property
     def branches(self): return Branch("null"), Branch("base"), Branch("reference"), Branch("subject", 1.)
-
-    def combine(self, null, base, reference, subject):
-        return cfg(null, base, self.text) + self.consistency * self.direction(subject - base, reference - base, base - null)
 
 # %% ../nbs/05c_style_contrast.ipynb #c013
 @dataclass(frozen=True, repr=False)
 class StyleContrast(_Contrast):
-    "ε_φ(∅) + ω_text·g_text + ω_cons·(g_cons − q·g_style): consistency guidance without the look of the references (this project's)."
+    "The direction g_cons − q·g_style: consistency guidance without the look of the references (this project's)."
     name, title, color = "style_contrast", "style contrast", "#882255"
-    text: Scale = 7.5 # ω_text
-    consistency: Scale = 3.0 # ω_cons
     whole: bool = True # one q for the sample; False: one for each location
     ratio: str = "raw" # what then becomes of the part parallel to g_text, see `parallel_rescale`
 
@@ -56,8 +48,9 @@ class StyleContrast(_Contrast):
         check_name("ratio", self.ratio, RATIOS)
         if not isinstance(self.whole, bool): raise ValueError(f"StyleContrast: whole must be True or False, got {self.whole!r}")
 
-    def direction(self, g_cons, g_style, g_text):
-        "r of Eq. (2), in the shape and dtype of `g_cons`."
+    def direction(self, null, base, reference, subject):
+        "r of Eq. (2), in the shape and dtype of the predictions."
+        g_cons, g_style, g_text = subject - base, reference - base, base - null
         q = style_leak(g_cons, g_style, g_text, self.whole)
         rest = (g_cons.to(q.dtype) - q * g_style.to(q.dtype)).to(g_cons.dtype)
         return parallel_rescale(rest, g_text, self.ratio)
@@ -65,15 +58,13 @@ class StyleContrast(_Contrast):
 # %% ../nbs/05c_style_contrast.ipynb #c017
 @dataclass(frozen=True, repr=False)
 class NegativeStyle(_Contrast):
-    "ε_φ(∅) + ω_text·g_text + ω_cons·(g_cons − a·g_style): a fixed push away from the references' style, the baseline of `StyleContrast`."
+    "The direction g_cons − a·g_style: a fixed push away from the references' style, the baseline of `StyleContrast`."
     name, title, color = "negative_style", "negative style", "#999933"
-    text: Scale = 7.5 # ω_text
-    consistency: Scale = 3.0 # ω_cons
     amount: Scale = 0.5 # a
 
-    def direction(self, g_cons, g_style, g_text):
-        "r of Eq. (3), in the shape and dtype of `g_cons`."
-        return g_cons - self.amount * g_style
+    def direction(self, null, base, reference, subject):
+        "r of Eq. (3), in the shape and dtype of the predictions."
+        return subject - base - self.amount * (reference - base)
 
 # %% ../nbs/05c_style_contrast.ipynb #c024
 def reference_prompt(captions: Sequence[str] # of the references, with {subject}

@@ -6,18 +6,20 @@
 __all__ = ['CLASSES', 'STYLES', 'BACKGROUNDS', 'PATTERNS', 'ACCESSORIES', 'DRAWS_BACKGROUND', 'SIZE', 'SOFTNESS', 'SCALE',
            'SUBJECTS', 'HOLE', 'BODY', 'TRIM', 'DARK', 'WHITE', 'GLASS', 'ACCESSORY', 'BEAK', 'W', 'VARIANTS',
            'STYLE_TEMPLATES', 'BACKGROUND_PHRASES', 'VECTOR_NAMES', 'REFERENCE_BACKGROUNDS', 'REGIMES', 'SHARED_PLACE',
-           'check_name', 'Instance', 'Pose', 'random_pose', 'body_colours', 'is_near', 'random_instance', 'ellipse',
-           'box', 'ribbon', 'star', 'heart', 'parts', 'pattern_parts', 'palette', 'render', 'with_article', 'caption',
-           'all_captions', 'grammar', 'instance_vector', 'borrowed_outfit', 'reference_set', 'random_labels',
-           'random_example', 'render_dataset']
+           'Instance', 'Pose', 'random_pose', 'body_colours', 'is_near', 'random_instance', 'ellipse', 'box', 'ribbon',
+           'star', 'heart', 'parts', 'pattern_parts', 'palette', 'render', 'with_article', 'caption', 'all_captions',
+           'grammar', 'instance_vector', 'borrowed_outfit', 'reference_set', 'random_labels', 'random_example',
+           'render_dataset']
 
 # %% ../nbs/00_world.ipynb #08c9a143
-import colorsys, difflib, math, multiprocessing
+import colorsys, math, multiprocessing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from .util import check_name
 
 # %% ../nbs/00_world.ipynb #10c97176
 CLASSES = ('cat', 'fish', 'bird', 'octopus', 'car', 'robot', 'house', 'cup')
@@ -29,14 +31,6 @@ DRAWS_BACKGROUND = frozenset(STYLES)  # every style shows its background; line s
 SIZE = 64                             # a picture is SIZE x SIZE
 SOFTNESS = .55                        # blur of the finished picture, in pixels: what a small autoencoder can hold
 SCALE = 3                             # shapes are drawn this many times larger, then averaged down
-
-# %% ../nbs/00_world.ipynb #719b9ee0
-def check_name(kind, name, known):
-    "Return `name` if it is in `known`; else raise ValueError with the nearest known name and the list."
-    if name in known: return name
-    near = difflib.get_close_matches(str(name), list(known), 1, 0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ''
-    raise ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 # %% ../nbs/00_world.ipynb #1db400dd
 @dataclass(frozen=True)

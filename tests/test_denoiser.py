@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from parallel_rescale.denoiser import PromptEmbeds, RowScale, adapter_layers, adapter_rows, encode_prompts, guided, repeat_rows
+from parallel_rescale.denoiser import PromptEmbeds, Rows, RowScale, adapter_layers, adapter_rows, encode_prompts, guided, repeat_rows
 from parallel_rescale.guidance import (CFG, AutoGuidance, Branch, ConsistencyGuidance, Guidance, OrthogonalOnly, ParallelRescale,
                                        PersonalizationGuidance, every, interval)
 from parallel_rescale.tiny import load_tiny_sdxl
@@ -603,6 +603,61 @@ def test_the_dtype_that_came_in_goes_out(dtype):
     with guided(unet, Upcasts(), {"base": same, "null": same}): assert unet(**args).sample.dtype == dtype
     x = torch.randn(2, 3).to(dtype)                 # 0.3 is no number of this dtype: rounded once, as PEFT's number is
     assert torch.equal(x * RowScale(torch.tensor([.3, .3])), x * .3)
+
+
+def test_one_row_filter_serves_all_layers():
+    unet = load_tiny_sdxl(device="cpu").unet
+    add_lora(unet, "dog", EVERYWHERE)
+    def filters():
+        with adapter_rows(unet, [0., 0., 1.]): return [layer.lora_dropout["dog"] for layer in adapter_layers(unet)]
+    assert len({id(f) for f in filters()}) == 1 and isinstance(filters()[0], Rows)      # 560 modules a plan at SDXL's size, else
+    for layer in adapter_layers(unet): layer.lora_dropout["dog"] = torch.nn.Dropout(.1).eval()
+    assert len({id(f) for f in filters()}) == len(adapter_layers(unet))                  # each has its own dropout to apply
+    assert not any(f.training for f in filters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["in place", "whole", "regional"])
+def test_compiled_once_for_each_arrangement_of_rows(how):
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    unet, counter = load_tiny_sdxl(device="cpu").unet, CompileCounter()
+    add_lora(unet, "dog", ["to_q"])
+    layers = adapter_layers(unet)
+    called = unet
+    if how == "in place": unet.compile(backend=counter)
+    elif how == "whole": called = torch.compile(unet, backend=counter)
+    else: unet.compile_repeated_blocks(backend=counter)
+    args = call_arguments(2)
+
+    def new(rule, **options):
+        "How many compilations three steps under `rule` took."
+        before, embeds = counter.frame_count, {name: PromptEmbeds(torch.randn(1, *args["encoder_hidden_states"].shape[1:]), torch.randn(1, 64))
+                                               for name in ("null", "base", "subject")}
+        with guided(called, rule, embeds, **options):
+            for t in (900., 500., 100.): called(**args | {"timestep": torch.tensor(t)})
+        return counter.frame_count - before
+
+    first = new(ParallelRescale())
+    assert first >= 1
+    assert [new(ConsistencyGuidance()), new(ParallelRescale(3., 2.)), new(ParallelRescale(lambda u: 3 + u, lambda u: 2 * u))] == [0, 0, 0]
+    for layer in layers: layer.lora_B["dog"].weight.normal_()            # another subject, put in place as hot-swapping does
+    assert new(ParallelRescale()) == 0
+    assert 0 < new(PersonalizationGuidance(3., omega=.25)) <= first      # another number of rows
+    assert new(PersonalizationGuidance(5., omega=lambda u: .3 + u / 2)) == 0
+    torch._dynamo.reset()
+
+
+def test_switching_the_lora_off_does_not_walk_the_model(monkeypatch):
+    "It stands in every training step, and SDXL has 7,530 modules."
+    unet, seen = load_tiny_sdxl(device="cpu").unet, []
+    add_lora(unet, "dog", ATTENTION)
+    with adapter_rows(unet, 0.): pass                        # finds the layers
+    whole = unet.parameters
+    monkeypatch.setattr(unet, "parameters", lambda: (seen.append(p) or p for p in whole()))
+    monkeypatch.setattr(unet, "modules", lambda: pytest.fail("walked the modules"))
+    with adapter_rows(unet, 0.): pass
+    assert len(seen) <= 2
 
 
 def test_layers_are_looked_for_once():

@@ -416,6 +416,16 @@ def test_interrupted_and_gone_on(whole, cases, tmp_path):
     assert len(evaluate(cases, **SMALL | dict(scorers=[third]), images="png", output=output)) == 16 and third.calls == 0
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype,unit", [("bfloat16", 2.0**-9), ("float16", 2.0**-12)])
+def test_an_evaluation_in_half_precision(whole, cases, dtype, unit, tmp_path):
+    "The brightness of a picture is a mean over its pixels, in which roundings (some ten a pixel, see test_pipeline) do not add up."
+    table = evaluate(cases, **SMALL | dict(device=None), dtype=dtype, output=tmp_path / "half")
+    paired = table.merge(whole[0], on=["subject", "rule", "prompt", "seed", "noise"], suffixes=("", "_whole"))
+    assert len(paired) == len(whole[0]) and np.isfinite(table.brightness).all()
+    assert 0 < (paired.brightness - paired.brightness_whole).abs().max() < 20 * unit * max(1, whole[0].brightness.abs().max())
+
+
 @pytest.mark.parametrize("change,says", [(dict(steps=3), "num_inference_steps"), (dict(seeds=3), "seeds"), (dict(rules=["consistency:text=6", "style_contrast:text=5"]), "rules differ"),
                                          (dict(prompts=SNOW[:1]), "prompts"), (dict(scorers=["judge"]), "scorers"), (dict(batch_size=2), "batch_size"),
                                          (dict(negative_prompt="a photo"), "negative_prompt"), (dict(images=None), "images")])

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from parallel_rescale.denoiser import encode_prompts, guided
+from parallel_rescale.evaluate import load_pipeline
 from parallel_rescale.guidance import (CFG, AutoGuidance, Branch, ConsistencyGuidance, Guidance, OrthogonalOnly, ParallelRescale, PersonalizationGuidance,
                                        every, interval)
 from parallel_rescale.pipeline import Record, SubjectPipeline, diagnostics
@@ -317,6 +318,60 @@ def test_ip_adapter(folders):
     expected = draw(pipe, **image, guidance_scale=4.0)
     assert torch.equal(draw(pipe, **image, guidance=CFG(4.0)), expected)
     draw(pipe, **image, guidance=ParallelRescale())
+
+
+@torch.no_grad()
+def test_a_t2i_adapter_serves_every_branch(pipe, folders):
+    "It does not read the prompt, so its one result is every branch's, as in stock guidance."
+    from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
+    torch.manual_seed(0)
+    widths = pipe.unet.config.block_out_channels
+    adapter = T2IAdapter(3, channels=widths, num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl")
+    drawing = StableDiffusionXLAdapterPipeline(**pipe.components, adapter=adapter)
+    drawing.set_progress_bar_config(disable=True)
+    for p in adapter.parameters(): p.copy_(torch.randn_like(p) * .1)
+    sketch = dict(image=torch.rand(1, 3, 64, 64), height=64, width=64)
+    expected = draw(drawing, **sketch, negative_prompt="", guidance_scale=4.0)
+    assert not torch.allclose(expected, draw(drawing, **sketch | dict(image=torch.zeros(1, 3, 64, 64)), negative_prompt="", guidance_scale=4.0), atol=.01)
+    with guided(drawing.unet, CFG(4.0), encode_prompts(drawing, dict(null="", subject=PROMPT)), scheduler=drawing.scheduler):
+        close = draw(drawing, **sketch, guidance_scale=1.0)
+    assert torch.allclose(close, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_controlnet_is_refused_and_nothing_is_left_behind(pipe):
+    from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+    torch.manual_seed(0)
+    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
+    drawing = StableDiffusionXLControlNetPipeline(**parts, controlnet=ControlNetModel.from_unet(pipe.unet, conditioning_channels=3, load_weights_from_unet=False,
+                                                                 conditioning_embedding_out_channels=(16, 32, 96)))
+    drawing.set_progress_bar_config(disable=True)
+    sketch = dict(image=torch.rand(1, 3, 64, 64), height=64, width=64)
+    before = draw(drawing, **sketch, guidance_scale=4.0)
+    with pytest.raises(ValueError, match="residuals of a ControlNet depend on the prompt"):
+        with guided(drawing.unet, ParallelRescale(), encode_prompts(drawing, dict(null="", base="a dog", subject=PROMPT)), scheduler=drawing.scheduler):
+            draw(drawing, **sketch, guidance_scale=1.0)
+    assert torch.equal(draw(drawing, **sketch, guidance_scale=4.0), before)
+
+
+# --- half precision ---
+
+UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}      # relative error of one rounding
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("rule", [CFG(3.), ConsistencyGuidance(3., 2.), ParallelRescale(3., 2.), every(ParallelRescale(3., 2.), 2), PersonalizationGuidance(3., omega=lambda u: u)], ids=lambda r: r.label)
+def test_half_precision_against_float32(folders, rule, dtype):
+    """A branch's prediction is off by a few roundings of its size, independent from the next branch's; a rule with weights w adds
+    them up to √Σw² ≈ 4 times that, and four steps to another 2: about ten roundings, and four times as many are allowed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole, half = (load_pipeline(TINY_SDXL, device, d).load_subject(folders / "dog") for d in ("float32", str(dtype).split(".")[1]))
+    generate = lambda p: draw(p, guidance=rule, num_inference_steps=4)
+    a, b = generate(whole), generate(half)
+    assert b.dtype == dtype and b.isfinite().all()
+    relative = ((a - b.float()).norm() / a.norm()).item()
+    assert 0 < relative < 40 * UNIT[dtype]
 
 
 def test_offloading(folders):

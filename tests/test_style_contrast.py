@@ -104,7 +104,8 @@ def test_without_a_floor_nothing_of_the_references_style_is_left(vs, whole):
 
 def test_negative_style_takes_a_fixed_share():
     g_cons, g_style, g_text = torch.randn(3, 2, 4, 5, 5)
-    assert torch.equal(NegativeStyle(amount=.5).direction(g_cons, g_style, g_text), g_cons - .5 * g_style)
+    null, base = torch.zeros_like(g_cons), torch.zeros_like(g_cons)
+    assert torch.equal(NegativeStyle(amount=.5).direction(null, base, g_style, g_cons), g_cons - .5 * g_style)
 
 
 # ---------------------------------------------------------------- numbers

@@ -1,0 +1,118 @@
+"""How much memory does a rule take at SDXL's size? Counted without a GPU and without weights, on torch's `meta` device.
+
+    python benchmarks/memory.py          # writes benchmarks/memory.md, about a minute on one core
+
+Every tensor that a forward pass makes on `meta` has a size and no storage. A dispatch mode adds up the bytes that are alive at
+once. What a kernel borrows for itself (cuDNN's workspaces, attention's blocks) and what the allocator keeps is not in it: a card
+needs one or two GiB beside the sums."""
+import sys
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+GIB = 2**30
+UNET = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+            block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048, addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, sample_size=128)
+VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
+           block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024)
+TEXTS = 123_060_480 + 694_659_840            # parameters of SDXL's two text encoders
+
+
+class Alive(TorchDispatchMode):
+    "Adds up the bytes of the storages that are made inside and alive at once; `peak` is the most."
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in inputs: self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage):
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, size)
+
+    def free(self, size): self.now -= size
+
+
+@contextmanager
+def attention_in_blocks():
+    "Attention as the fused kernels do it: its matrix is never in memory as a whole."
+    whole = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, **kwargs: torch.empty_like(q)
+    try: yield
+    finally: F.scaled_dot_product_attention = whole
+
+
+def peak(call):
+    "The most bytes alive at once in `call()`, beside what was there."
+    with torch.no_grad(), attention_in_blocks(), Alive() as alive: call()
+    return alive.peak
+
+
+def weights(model): return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def unet_rows(unet, rows, side):
+    "A forward pass of `rows` rows for pictures of `side` pixels."
+    x = torch.empty(rows, 4, side // 8, side // 8, dtype=unet.dtype, device="meta")
+    text = torch.empty(rows, 77, 2048, dtype=unet.dtype, device="meta")
+    more = dict(text_embeds=torch.empty(rows, 1280, dtype=unet.dtype, device="meta"), time_ids=torch.empty(rows, 6, dtype=unet.dtype, device="meta"))
+    return lambda: unet(x, torch.empty((), device="meta"), text, added_cond_kwargs=more)
+
+
+def decoding(vae, pictures, side):
+    "Decoding `pictures` of `side` pixels."
+    latents = torch.empty(pictures, 4, side // 8, side // 8, dtype=vae.dtype, device="meta")
+    return lambda: vae.decode(latents)
+
+
+def table(head, rows): return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]])
+
+
+def measure():
+    "The page, as Markdown."
+    with torch.device("meta"): unet, vae = UNet2DConditionModel(**UNET).half().eval(), AutoencoderKL(**VAE).eval()
+    base = weights(unet) + weights(vae) + 2 * TEXTS
+    unet_table = [[rows, *(f"{peak(unet_rows(unet, rows, side)) / GIB:.2f}" for side in (512, 768, 1024))] for rows in (1, 2, 3, 4, 8, 12, 16, 48)]
+    def decoded(pictures, side, *how):
+        vae.disable_slicing(), vae.disable_tiling()
+        for switch in how: getattr(vae, f"enable_{switch}")()
+        return f"{peak(decoding(vae, pictures, side)) / GIB:.2f}"
+    vae_table = [[f"{n} of {side}²", decoded(n, side), decoded(n, side, "slicing"), decoded(n, side, "slicing", "tiling")] for n, side in ((1, 1024), (4, 1024), (1, 1536))]
+    return f"""# Memory at SDXL's size
+
+Counted on torch {torch.__version__}'s `meta` device (`python benchmarks/memory.py`): bytes of all tensors alive at once, in GiB. What kernels
+borrow and allocators keep is not in it; reckon with one or two GiB more on a card.
+
+Weights: UNet {weights(unet) / GIB:.2f} (fp16), VAE {weights(vae) / GIB:.2f} (float32), text encoders {2 * TEXTS / GIB:.2f} (fp16), together {base / GIB:.2f}.
+
+## Activations of one UNet call, fp16
+
+{table(["rows (pictures × branches)", "512²", "768²", "1024²"], unet_table)}
+
+## Decoding, float32
+
+{table(["pictures", "as it is", "slicing", "slicing and tiling"], vae_table)}
+"""
+
+
+if __name__ == "__main__":
+    page = measure()
+    (Path(__file__).parent / "memory.md").write_text(page, encoding="utf-8")
+    print(page)
