@@ -7,20 +7,21 @@ __all__ = ['CLASSES', 'STYLES', 'PLACES', 'WEATHERS', 'ACCESSORIES', 'COLOURS', 
            'EMBLEMS', 'ATTRIBUTES', 'COLOUR_RGB', 'SIZE', 'SCALE', 'SUBJECTS', 'HOLE', 'BODY', 'TRIM', 'DARK', 'WHITE',
            'GLASS', 'EMBLEM', 'BEAK', 'WORN', 'LID', 'TEAR', 'GOLD', 'W', 'VARIANTS', 'STYLE_TEMPLATES',
            'PLACE_PHRASES', 'WEATHER_PHRASES', 'DOING_BEFORE', 'DOING_AFTER', 'NEXT_TO', 'VECTOR_NAMES',
-           'REFERENCE_PLACES', 'REGIMES', 'SHARED_PLACE', 'SHARED_OUTFIT', 'check_name', 'Instance', 'Pose',
-           'random_pose', 'Scene', 'body_colours', 'is_near', 'random_instance', 'ellipse', 'box', 'ribbon', 'ring',
-           'star', 'heart', 'moon', 'Anchors', 'parts', 'palette', 'render', 'with_article', 'present', 'caption',
-           'all_words', 'asked', 'held_out', 'is_held_out', 'attributes', 'random_scene', 'random_caption',
-           'instance_vector', 'own_colour', 'labels', 'reference_scenes', 'reference_set', 'prompt_set',
-           'render_dataset']
+           'REFERENCE_PLACES', 'REGIMES', 'SHARED_PLACE', 'SHARED_OUTFIT', 'Instance', 'Pose', 'random_pose', 'Scene',
+           'body_colours', 'is_near', 'random_instance', 'ellipse', 'box', 'ribbon', 'ring', 'star', 'heart', 'moon',
+           'Anchors', 'parts', 'palette', 'render', 'with_article', 'present', 'caption', 'all_words', 'asked',
+           'held_out', 'is_held_out', 'attributes', 'random_scene', 'random_caption', 'instance_vector', 'own_colour',
+           'labels', 'reference_scenes', 'reference_set', 'prompt_set', 'render_dataset']
 
 # %% ../nbs/00h_world2.ipynb #c002
-import colorsys, difflib, math, multiprocessing, re
+import colorsys, math, multiprocessing, re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from .util import check_name
 
 # %% ../nbs/00h_world2.ipynb #c005
 CLASSES = ('cat', 'fish', 'bird', 'octopus', 'car', 'robot', 'house', 'cup')
@@ -39,14 +40,6 @@ ATTRIBUTES = dict(cls=CLASSES, style=STYLES, place=PLACES, weather=WEATHERS, acc
 COLOUR_RGB = dict(red=(.9, .12, .12), yellow=(1., .86, .12), green=(.16, .68, .24), blue=(.14, .36, .92),
                   purple=(.54, .2, .78), pink=(1., .55, .76))
 SIZE, SCALE = 64, 3                                        # a picture is SIZE x SIZE, averaged from SCALE times as many
-
-# %% ../nbs/00h_world2.ipynb #c006
-def check_name(kind, name, known):
-    "Return `name` if it is in `known`; else raise ValueError with the nearest known name and the list."
-    if name in known: return name
-    near = difflib.get_close_matches(str(name), list(known), 1, 0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ''
-    raise ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 # %% ../nbs/00h_world2.ipynb #c009
 @dataclass(frozen=True)
