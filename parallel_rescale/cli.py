@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['app', 'plain_errors', 'free_place', 'picture_file', 'save_picture', 'quiet_loading', 'load_pipeline', 'seeds_of',
-           'draw', 'parse_rules', 'sample', 'compare', 'prompt_lines', 'finetune', 'describe_subject', 'info',
-           'evaluate', 'demo', 'train_tiny', 'main']
+           'draw', 'parse_rules', 'sample', 'compare', 'prompt_lines', 'shell_type', 'as_option', 'with_options',
+           'finetune', 'describe_subject', 'info', 'evaluate', 'demo', 'train_tiny', 'main']
 
 # %% ../nbs/12_cli.ipynb #c002
 import functools, inspect, json, logging, os, time, warnings
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, get_args, get_origin
 
 import typer
 
+from .settings import describe, given_fields
+
 # %% ../nbs/12_cli.ipynb #c006
 app = typer.Typer(name="parallel-rescale", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  context_settings={"help_option_names": ["-h", "--help"]},
+                  context_settings={"help_option_names": ["-h", "--help"],
+                                    "token_normalize_func": lambda name: name.replace("_", "-")},   # --train_batch_size
                   help="Teach a text-to-image model a subject from a few pictures, and compare how guidance rules draw it.")
 
 _PLAIN = (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, KeyboardInterrupt)   # these explain themselves
@@ -213,58 +217,51 @@ def prompt_lines(references, token, class_noun):
     return [f"{Path(r.path).name}: {subject_prompt(r.caption, token)} | {base_prompt(r.caption, class_noun)}" for r in references]
 
 # %% ../nbs/12_cli.ipynb #c028
-def _option(help, **kwargs): return typer.Option(help=help, show_default=False, **kwargs)
+def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show_default=False, **kwargs)
 
+def shell_type(field):
+    "The type that a setting is read as from a command line; None, where it may be left out."
+    kinds = get_args(field.type)
+    first = kinds[0] if kinds and get_origin(field.type) is not list else field.type
+    return first if field.default is MISSING else Optional[first]
+
+def as_option(field):
+    "A setting as an option of a command: its type, its help and, where it has one, its name in diffusers' scripts."
+    name = field.name.replace("_", "-")
+    names = [f"--{name}", f"--{field.metadata['alias'].replace('_', '-')}"] if "alias" in field.metadata else []
+    default = inspect.Parameter.empty if field.default is MISSING else None
+    kind = Annotated[shell_type(field), _option(describe(field), *names)]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+def with_options(function):
+    "`function(…, **given)` with the settings of fine-tuning as its options; `given` holds those that were given."
+    *own, _ = inspect.signature(function).parameters.values()
+    options = [as_option(f) for f in given_fields() if f.metadata.get("in_shell", True)]
+    @functools.wraps(function)
+    def run(**arguments): return function(**{k: v for k, v in arguments.items() if v is not None})
+    run.__signature__ = inspect.Signature([*own, *options])
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+    return run
+
+# %% ../nbs/12_cli.ipynb #c060
 @app.command()
 @plain_errors
+@with_options
 def finetune(
-    images: Annotated[Path, typer.Argument(help="Folder of 1 to 20 pictures; captions in metadata.jsonl, or in a .txt beside each.", show_default=False)],
-    class_noun: Annotated[str, _option("What the subject is: dog.")],
-    token: Annotated[str, _option("What it will be called in a prompt: '<dog>'.")],
-    output: Annotated[Path, _option("Folder for the result.")],
-    base: Annotated[Optional[str], _option("SDXL model in diffusers format: a folder or a Hub name. Default: the embedded model.")] = None,
-    variant: Annotated[Optional[str], _option("Of the base model's files: fp16 is half the download.")] = None,
-    revision: Annotated[Optional[str], _option("Of a base model on the Hub: a branch, tag or commit.")] = None,
-    vae: Annotated[Optional[str], _option("Another VAE than the base's own: a folder or a Hub name, such as madebyollin/sdxl-vae-fp16-fix.")] = None,
-    caption: Annotated[Optional[str], _option("For pictures without one. Default: 'a photo of a {subject}'.")] = None,
-    loss: Annotated[Optional[str], _option("dco (default) or dreambooth.")] = None,
-    beta: Annotated[Optional[float], _option("Of the dco loss.")] = None,
-    snr_gamma: Annotated[Optional[float], _option("dreambooth: min-SNR weighting, 5 is usual.")] = None,
-    prior_loss_weight: Annotated[Optional[float], _option("dreambooth: prior preservation, 1 is usual.")] = None,
-    class_data_dir: Annotated[Optional[Path], _option("Pictures of the class for it; left out, the base model draws them.")] = None,
-    num_class_images: Annotated[Optional[int], _option("How many it draws.")] = None,
-    rank: Annotated[Optional[int], _option("Of the LoRA; 0: none.")] = None,
-    train_text_encoder_ti: Annotated[Optional[bool], _option("Learn the token's embedding too (textual inversion).")] = None,
-    learning_rate: Annotated[Optional[float], _option("Of the LoRA.")] = None,
-    text_encoder_lr: Annotated[Optional[float], _option("Of the token's embedding.")] = None,
-    lr_scheduler: Annotated[Optional[str], _option("constant (default), cosine, linear, …")] = None,
-    lr_warmup_steps: Annotated[Optional[int], _option("Steps until the full learning rate.")] = None,
-    max_train_steps: Annotated[Optional[int], _option("Steps in all.")] = None,
-    train_batch_size: Annotated[Optional[int], _option("Pictures a step.")] = None,
-    gradient_accumulation_steps: Annotated[Optional[int], _option("Batches a step.")] = None,
-    gradient_checkpointing: Annotated[Optional[bool], _option("Less memory, more time.")] = None,
-    mixed_precision: Annotated[Optional[str], _option("no, bf16 or fp16.")] = None,
-    use_8bit_adam: Annotated[Optional[bool], _option("Needs bitsandbytes.")] = None,
-    batched: Annotated[Optional[bool], _option("Both models' predictions in one call: slower on the embedded model, more memory.")] = None,
-    resolution: Annotated[Optional[int], _option("Side of the training pictures in pixels.")] = None,
-    crop: Annotated[Optional[str], _option("center (default) or random.")] = None,
-    seed: Annotated[Optional[int], _option("Of everything random in the training.")] = None,
-    validation_prompt: Annotated[Optional[list[str]], _option("Drawn along the way; may be given several times.")] = None,
-    validation_steps: Annotated[Optional[int], _option("How often.")] = None,
-    checkpointing_steps: Annotated[Optional[int], _option("How often a checkpoint is saved.")] = None,
-    checkpoints_total_limit: Annotated[Optional[int], _option("How many are kept.")] = None,
-    resume_from_checkpoint: Annotated[Optional[str], _option("A checkpoint's folder, or 'latest'.")] = None,
-    report_to: Annotated[Optional[str], _option("tensorboard, wandb or all.")] = None,
-    overwrite: _Overwrite = False,
+    images: Annotated[Optional[Path], typer.Argument(show_default=False, help="Folder of 1 to 20 pictures; "
+                                                     "captions in metadata.jsonl, or in a .txt beside each.")] = None,
+    instance_data_dir: Annotated[Optional[Path], _option("The same folder, by its name in diffusers' scripts.")] = None,
+    **given,
 ):
     "Teach a model one subject from a few pictures."
-    given = {name: value for name, value in locals().items() if value is not None}   # first of all: it reads the arguments alone
+    if (images is None) == (instance_data_dir is None): raise ValueError("images: expected one folder of pictures")
     quiet_loading()
     from parallel_rescale.dco import finetune as train
     from parallel_rescale.subject import load_references
-    given["images"] = load_references(images, class_noun, caption)
-    for line in prompt_lines(given["images"], token, class_noun): typer.echo(line)
-    subject = train(**given)
+    token, noun = given["token"], given["class_noun"]
+    references = load_references(images or instance_data_dir, noun, given.get("caption"))
+    for line in prompt_lines(references, token, noun): typer.echo(line)
+    subject = train(references, **given)
     typer.echo(f"{subject.token}, a {subject.class_noun}, is saved in {subject.folder}\n"
                f'next: parallel-rescale compare {subject.folder} "{subject.prompt}"')
 

@@ -63,8 +63,16 @@ def test_help_is_there_at_once():
 def test_finetune_offers_what_the_function_takes():
     from parallel_rescale import finetune
     options, arguments = (set(inspect.signature(f).parameters) for f in (cli.finetune, finetune))
-    assert options - arguments == {"debug"}
+    assert options - arguments == {"debug", "instance_data_dir"}
     assert arguments - options == {"target_modules", "max_grad_norm"}
+
+
+def test_finetune_reads_the_names_of_diffusers_scripts(photos, tmp_path):
+    given = ["--instance_data_dir", photos, "--class_noun", "cat", "--token", "<pixel>", "--output_dir", tmp_path / "out"]
+    assert "rank=-1" in refused("finetune", *given, "--rank", "-1")
+    assert "no/such/model" in refused("finetune", *given, "--pretrained_model_name_or_path", "no/such/model")
+    assert "images: expected one folder" in refused("finetune", photos, *given)
+    assert "images: expected one folder" in refused("finetune", *given[2:])
 
 
 def test_a_subject_is_not_trained_over(subject, photos):

@@ -226,8 +226,6 @@ def test_the_table_of_references_carries_the_note():
 
 def test_prior_preservation_without_a_word_of_its_own_is_warned_of():
     from parallel_rescale.dco import resolve
-    import inspect
-    from parallel_rescale import finetune
-    defaults = {p.name: p.default for p in inspect.signature(finetune).parameters.values() if p.default is not p.empty}
-    given = defaults | dict(class_noun="cat", token="<pixel>", output="x", loss="dreambooth", prior_loss_weight=1.0)
+    from parallel_rescale.settings import Settings
+    given = Settings(class_noun="cat", token="<pixel>", output="x", loss="dreambooth", prior_loss_weight=1.0)
     with pytest.warns(UserWarning, match="train_text_encoder_ti=True tells them apart"): resolve(given)
