@@ -16,8 +16,9 @@ from .tiny import TINY_SDXL
 
 # %% ../nbs/08d_settings.ipynb #s007
 def setting(doc, default=MISSING, **facts):
-    """A field of `Settings`. `facts`: unit, source; choices, whole=n (a whole number ≥ n), above=x or least=x (a number > or ≥ x);
-    sized=(embedded, SDXL), the defaults by size; resume='free' or 'cut' (see `on_resume`); alias, its name in diffusers' scripts."""
+    """A field of `Settings`. `facts`: unit, source; choices, whole=n (a whole number ≥ n), above=x or
+    least=x (a number > or ≥ x); sized=(embedded, SDXL), the defaults by size; resume='free' or 'cut'
+    (see `on_resume`); alias, its name in diffusers' scripts."""
     return field(default=default, metadata=dict(doc=doc, **facts))
 
 # %% ../nbs/08d_settings.ipynb #s010
@@ -29,55 +30,82 @@ class Settings:
     "How a subject is taught. What is None is filled in by `resolve`, by the size of the base model."
     class_noun: str = setting("what the subject is: 'dog'", noted=True)
     token: str = setting("what it will be called in a prompt: '<dog>'", noted=True)
-    output: Path | str = setting("folder for the result, see `Subject`", resume='free', alias='output_dir')
-    base: str | Path = setting("the base model, an SDXL in diffusers format: a folder or a Hub name", TINY_SDXL,
+    output: Path | str = setting(
+        "folder for the result, see `Subject`", resume='free', alias='output_dir')
+    base: str | Path = setting(
+        "the base model, an SDXL in diffusers format: a folder or a Hub name", TINY_SDXL,
                                noted=True, alias='pretrained_model_name_or_path')
     variant: str | None = setting("of the base model's files; 'fp16' is half the download", None)
     revision: str | None = setting("of a base model on the Hub: a branch, tag or commit", None)
-    vae: str | Path | None = setting("another VAE than the base's own, such as 'madebyollin/sdxl-vae-fp16-fix'", None)
-    caption: str | None = setting("for pictures without one; None: 'a photo of a {subject}'", None, resume='free')
+    vae: str | Path | None = setting(
+        "another VAE than the base's own, such as 'madebyollin/sdxl-vae-fp16-fix'", None)
+    caption: str | None = setting(
+        "for pictures without one; None: 'a photo of a {subject}'", None, resume='free')
     loss: str = setting("what is minimised", 'dco', choices=('dco', 'dreambooth'), source=DCO)
-    beta: float | None = setting("of DCO: the larger, the smaller the lead over the base model that is enough", None,
+    beta: float | None = setting(
+        "of DCO: the larger, the smaller the lead over the base model that is enough", None,
                                  above=0, sized=(100.0, 1000.0), source=DCO)
     snr_gamma: float | None = setting("of DreamBooth: min-SNR weighting, 5 is usual", None, above=0,
                                       source='Hang et al. 2023, arXiv 2303.09556')
-    prior_loss_weight: float = setting("of DreamBooth: prior preservation, 1 is usual", 0.0, least=0, source=DREAMBOOTH)
-    class_data_dir: Path | str | None = setting("pictures of the class for it; None: the base model makes them", None,
+    prior_loss_weight: float = setting(
+        "of DreamBooth: prior preservation, 1 is usual", 0.0, least=0, source=DREAMBOOTH)
+    class_data_dir: Path | str | None = setting(
+        "pictures of the class for it; None: the base model makes them", None,
                                                 resume='free')
-    num_class_images: int = setting("how many it makes", 50, unit='pictures', whole=1, resume='free')
+    num_class_images: int = setting(
+        "how many it makes", 50, unit='pictures', whole=1, resume='free')
     rank: int | None = setting("of the LoRA on the UNet; 0: none, the token alone is learned", None,
                                whole=0, sized=(8, 32), source=DCO)
-    target_modules: list | tuple | None = setting("names of the layers that get a LoRA", None, in_shell=False,
+    target_modules: list | tuple | None = setting(
+        "names of the layers that get a LoRA", None, in_shell=False,
                                                   sized=('all large layers', 'attention'))
-    train_text_encoder_ti: bool = setting("learn the token's embedding too (textual inversion)", False,
+    train_text_encoder_ti: bool = setting(
+        "learn the token's embedding too (textual inversion)", False,
                                           source='Gal et al. 2022, arXiv 2208.01618')
-    learning_rate: float | None = setting("of the LoRA", None, above=0, sized=(1e-3, 5e-5), source=DCO)
-    text_encoder_lr: float | None = setting("the learning rate of the token's embedding", None, above=0,
+    learning_rate: float | None = setting(
+        "of the LoRA", None, above=0, sized=(1e-3, 5e-5), source=DCO)
+    text_encoder_lr: float | None = setting(
+        "the learning rate of the token's embedding", None, above=0,
                                             sized=(1e-3, 5e-6), source=DCO)
-    lr_scheduler: str = setting("how the learning rates change: constant, cosine, linear, …", 'constant')
+    lr_scheduler: str = setting(
+        "how the learning rates change: constant, cosine, linear, …", 'constant')
     lr_warmup_steps: int = setting("until the full learning rate", 0, unit='steps', whole=0)
-    max_grad_norm: float = setting("longer gradients are cut to this length", 1.0, above=0, in_shell=False)
+    max_grad_norm: float = setting(
+        "longer gradients are cut to this length", 1.0, above=0, in_shell=False)
     max_train_steps: int | None = setting("length of the training", None, unit='steps', whole=1,
                                           sized=(200, 1000), resume='free', source=DCO)
-    train_batch_size: int | None = setting("in one call", None, unit='pictures', whole=1, sized=(4, 1), resume='cut', source=DCO)
-    gradient_accumulation_steps: int = setting("in one step of the optimizer", 1, unit='batches', whole=1, resume='cut')
-    gradient_checkpointing: bool | None = setting("less memory, more time", None, sized=(False, True))
-    mixed_precision: str | None = setting("in which UNet and text encoders compute", None, choices=('no', 'bf16', 'fp16'),
+    train_batch_size: int | None = setting(
+        "in one call", None, unit='pictures', whole=1, sized=(4, 1), resume='cut', source=DCO)
+    gradient_accumulation_steps: int = setting(
+        "in one step of the optimizer", 1, unit='batches', whole=1, resume='cut')
+    gradient_checkpointing: bool | None = setting(
+        "less memory, more time", None, sized=(False, True))
+    mixed_precision: str | None = setting(
+        "in which UNet and text encoders compute", None, choices=('no', 'bf16', 'fp16'),
                                           sized=('no', 'what the card computes fast'))
     use_8bit_adam: bool = setting("the optimizer's state in 8 bits; needs bitsandbytes", False)
-    batched: bool = setting("both models' predictions in one call: more memory, and slower on the embedded model", False,
+    batched: bool = setting(
+        "both models' predictions in one call: more memory, and slower on the embedded model",
+        False,
                             resume='free')
-    resolution: int | None = setting("side of the training pictures; None: what the base was made for", None,
+    resolution: int | None = setting(
+        "side of the training pictures; None: what the base was made for", None,
                                      unit='pixels', whole=8)
     crop: str = setting("how squares are cut", 'center', choices=('center', 'random'))
     seed: int = setting("of everything random in the training", 0, whole=0)
-    validation_prompt: list[str] | str | None = setting("a prompt with {subject}, or several; painted on the way and at the end",
+    validation_prompt: list[str] | str | None = setting(
+        "a prompt with {subject}, or several; painted on the way and at the end",
                                                         None, resume='free')
-    validation_steps: int | None = setting("between two such pictures", None, unit='steps', whole=1, resume='free')
-    checkpointing_steps: int = setting("between two checkpoints", 500, unit='steps', whole=1, resume='free')
-    checkpoints_total_limit: int | None = setting("kept; None: all", None, unit='checkpoints', whole=1, resume='free')
-    resume_from_checkpoint: str | Path | None = setting("a checkpoint's folder, or 'latest'", None, resume='free')
-    report_to: str | None = setting("where the log goes besides", None, choices=('tensorboard', 'wandb', 'all'), resume='free')
+    validation_steps: int | None = setting(
+        "between two such pictures", None, unit='steps', whole=1, resume='free')
+    checkpointing_steps: int = setting(
+        "between two checkpoints", 500, unit='steps', whole=1, resume='free')
+    checkpoints_total_limit: int | None = setting(
+        "kept; None: all", None, unit='checkpoints', whole=1, resume='free')
+    resume_from_checkpoint: str | Path | None = setting(
+        "a checkpoint's folder, or 'latest'", None, resume='free')
+    report_to: str | None = setting(
+        "where the log goes besides", None, choices=('tensorboard', 'wandb', 'all'), resume='free')
     overwrite: bool = setting("replace an earlier run in `output`", False, resume='free')
     # found out at the start of a run, and saved with the rest
     fingerprint: str | None = setting("digest of pictures and captions", None, found=True)
@@ -101,7 +129,8 @@ def describe(field):
     facts, default = field.metadata, default_of(field)
     unit, choices = facts.get('unit'), facts.get('choices')
     return ''.join([facts['doc'][0].upper() + facts['doc'][1:], f" [{unit}]" if unit else '',
-                    f": {' or '.join(choices)}" if choices else '', '.', f" Default: {default}." if default else '',
+                    f": {' or '.join(choices)}" if choices else '', '.',
+                    f" Default: {default}." if default else '',
                     f" ({facts['source']})" if 'source' in facts else ''])
 
 # %% ../nbs/08d_settings.ipynb #s016
@@ -112,28 +141,29 @@ def as_parameters(chosen):
     return [inspect.Parameter(f.name, by_name, default=defaults[f.name], annotation=f.type) for f in chosen]
 
 def with_settings(function):
-    "`function(first, **given)` with the settings as its keyword arguments: in signature, docstring and check of the names."
+    "`function(first, **given)` with the settings as keywords: in signature, docstring and check of names."
     first = next(iter(inspect.signature(function).parameters.values()))
     signature = inspect.signature(function).replace(parameters=[first, *as_parameters(given_fields())])
     @functools.wraps(function)
     def call(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)                  # TypeError, naming what is missing or unknown
+        bound = signature.bind(*args, **kwargs)    # TypeError, naming what is missing or unknown
         return function(*bound.args, **bound.kwargs)
     call.__signature__ = signature
-    call.__doc__ = '\n'.join([function.__doc__, '', *(f"    {f.name}: {describe(f)}" for f in given_fields())])
+    lines = [f"    {f.name}: {describe(f)}" for f in given_fields()]
+    call.__doc__ = '\n'.join([function.__doc__, '', *lines])
     return call
 
 # %% ../nbs/08d_settings.ipynb #s019
 def on_resume(kind):
-    "The names of the settings that are 'free' to change when a run is resumed, or say how a step is 'cut' up."
+    "The settings that are 'free' to change when a run is resumed, or say how a step is 'cut' up."
     return {f.name for f in fields(Settings) if f.metadata.get('resume') == kind}
 
 FREE_ON_RESUME, CUTS = on_resume('free'), on_resume('cut')
-NOTED = {f.name for f in fields(Settings) if f.metadata.get('noted')}          # have a place of their own in subject.json
+NOTED = {f.name for f in fields(Settings) if f.metadata.get('noted')}    # have their own place in subject.json
 
 # %% ../nbs/08d_settings.ipynb #s021
 def saved_settings(s):
-    "The settings of a run as JSON keeps them; the embedded model by its name, for its path differs between machines."
+    "The settings of a run as JSON keeps them; the embedded model by its name, for its path varies."
     return json.loads(json.dumps(vars(s) | dict(base='tiny_sdxl' if s.base == TINY_SDXL else s.base)))
 
 def samples_a_step(settings):
