@@ -25,7 +25,7 @@ def device(): return chapter_device()         # in full float32: TF32 rounds to 
 def randoms(n, *shape, seed=0): return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("rule", all_rules(), ids=repr)
+@pytest.mark.parametrize("rule", all_rules(), ids=lambda v: getattr(v, "label", v) if not isinstance(v, int) else str(v))
 @pytest.mark.parametrize("dtype, eps", [(torch.float32, 2e-4), (torch.float16, .2), (torch.bfloat16, 1.5)], ids=str)
 def test_a_rule_alone(rule, dtype, eps, device):
     "Weights of up to 7.5 on numbers of size 1; a mask or a threshold may fall on the other side of a rounding at one location."
@@ -53,7 +53,7 @@ KNOWN = {"null", "base", "subject", "reference"}
 
 @torch.no_grad()
 @pytest.mark.parametrize("max_rows", [None, 2])
-@pytest.mark.parametrize("rule", [r for r in all_rules() if {b.prompt for b in r.branches} <= KNOWN and not _counts_steps(r)], ids=repr)
+@pytest.mark.parametrize("rule", [r for r in all_rules() if {b.prompt for b in r.branches} <= KNOWN and not _counts_steps(r)], ids=lambda v: getattr(v, "label", v) if not isinstance(v, int) else str(v))
 def test_the_denoiser(rule, max_rows, unets, device):
     prompts = {name: PromptEmbeds(h[None], p[None]) for name, h, p in
                zip(("null", "base", "subject", "reference"), randoms(4, 32, 128, seed=2), randoms(4, 64, seed=3))}
@@ -65,7 +65,7 @@ def test_the_denoiser(rule, max_rows, unets, device):
     assert ((out[0] - out[1].cpu()).abs() > .05).float().mean() <= .01
 
 
-@pytest.mark.parametrize("rule", [CFG(3.), ConsistencyGuidance(3., 2.), ParallelRescale(3., lambda u: 2 - u), every(ParallelRescale(3., 2.), 2), interval(ParallelRescale(3., 2.), 0, .5)], ids=repr)
+@pytest.mark.parametrize("rule", [CFG(3.), ConsistencyGuidance(3., 2.), ParallelRescale(3., lambda u: 2 - u), every(ParallelRescale(3., 2.), 2), interval(ParallelRescale(3., 2.), 0, .5)], ids=lambda v: getattr(v, "label", v) if not isinstance(v, int) else str(v))
 def test_the_pipeline(rule, device, tmp_path):
     subject = make_subject(tmp_path / "dog")
     def generate(place):

@@ -82,7 +82,7 @@ def all_rules():
                    ParallelRescale(whole=True), SeveralSubjects(3., 2., ("subject",), regions=("top",))]
 
 
-@pytest.mark.parametrize("rule", all_rules(), ids=repr)
+@pytest.mark.parametrize("rule", all_rules(), ids=lambda v: getattr(v, "label", v) if not isinstance(v, int) else str(v))
 def test_rules_stay_on_their_device(rule):
     devices = ["meta"] if getattr(rule, "regions", None) else ["cuda", "meta"]    # to index a fake CUDA tensor takes a build with CUDA
     for device in devices:
@@ -110,7 +110,7 @@ def prompt(): return PromptEmbeds(far(1, 32, 128), far(1, 64))
 CALL = dict(encoder_hidden_states=far(2, 32, 128), added_cond_kwargs=dict(text_embeds=far(2, 64), time_ids=far(2, 6)))
 
 
-@pytest.mark.parametrize("rule, max_rows", [(r, None) for r in all_rules()] + [(ParallelRescale(), 1), (ParallelRescale(), 4)], ids=repr)
+@pytest.mark.parametrize("rule, max_rows", [(r, None) for r in all_rules()] + [(ParallelRescale(), 1), (ParallelRescale(), 4)], ids=lambda v: getattr(v, "label", v) if not isinstance(v, int) else str(v))
 def test_the_denoiser_stays_on_its_device(unet, rule, max_rows, monkeypatch):
     monkeypatch.setattr(denoiser, "_check_finite", lambda *_: None)     # it reads numbers, which meta tensors do not have
     scheduler = EulerDiscreteScheduler.from_pretrained(TINY_SDXL, subfolder="scheduler")
