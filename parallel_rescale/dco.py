@@ -331,7 +331,7 @@ def check_settings(s):
     "One ValueError for the first setting that cannot work, before any work."
     for field in fields(s):
         value, facts = getattr(s, field.name), field.metadata
-        if value is None: continue
+        if value is None and (field.default is None or 'choices' not in facts): continue
         if 'choices' in facts: check_name(field.name, value, facts['choices'])
         if expected := expected_of(value, facts): raise ValueError(f"{field.name}={value!r}: expected {expected}")
     if s.resolution % 8: raise ValueError(f"resolution={s.resolution}: expected a multiple of 8")

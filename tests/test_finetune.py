@@ -673,7 +673,7 @@ def test_nan_stops_names_the_step_and_loses_nothing(references, uninterrupted, t
 # arguments
 
 @pytest.mark.parametrize("change,words", [
-    (dict(loss="dreamboth"), "dreambooth"), (dict(beta=-1.0), "beta=-1.0"), (dict(beta=math.nan), "beta=nan"), (dict(learning_rate=math.inf), "learning_rate=inf"),
+    (dict(loss="dreamboth"), "dreambooth"), (dict(loss=None), "dreambooth"), (dict(crop=None), "center"), (dict(beta=-1.0), "beta=-1.0"), (dict(beta=math.nan), "beta=nan"), (dict(learning_rate=math.inf), "learning_rate=inf"),
     (dict(rank=0), "nothing is left to train"), (dict(rank=1.5), "rank=1.5"), (dict(max_train_steps=0), "max_train_steps=0"), (dict(seed=-1), "seed=-1"),
     (dict(loss="dreambooth", beta=10.0), "beta: belongs to the dco"), (dict(snr_gamma=5.0), "snr_gamma"), (dict(prior_loss_weight=1.0), "prior_loss_weight"),
     (dict(loss="dreambooth", class_data_dir="x"), "class_data_dir"), (dict(validation_steps=3), "validation_prompt"), (dict(validation_prompt="a dog"), "a dog"),
