@@ -23,7 +23,7 @@ from .world2 import (ATTRIBUTES, CLASSES, PLACES, STYLES, VECTOR_NAMES, all_word
 
 # %% ../nbs/train_world2.ipynb #c005
 RECIPES2 = {
-    "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(48, 96, 160), latent=20, batch=32, vae_batch=16,
+    "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(48, 96, 160), latent=24, batch=32, vae_batch=16,
                  vae_samples=400_000, samples=6_000_000, judge_samples=400_000, precision="bf16"),
     "test": dict(instances=12, per_instance=4, vae=(16, 16, 16), unet=(16, 16, 32), latent=8, batch=8, vae_batch=8,
                  vae_samples=32, samples=32, judge_samples=128, precision="fp32"),
