@@ -18,7 +18,8 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from peft import LoraConfig
 
 from parallel_rescale import CFG, TINY_SDXL, ConsistencyGuidance, ParallelRescale, every
-from parallel_rescale.denoiser import PromptEmbeds, guided
+from parallel_rescale.machine.denoiser import guided
+from parallel_rescale.machine.prompts import PromptEmbeds
 
 SDXL = dict(block_out_channels=(320, 640, 1280), layers_per_block=2, transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), sample_size=128,
             cross_attention_dim=2048, addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)

@@ -25,16 +25,19 @@ from PIL import Image
 from parallel_rescale import (AutoGuidance, Branch, CFG, ConsistencyGuidance, Focus, FocusedContrast, Guidance,
                               NegativeStyle, OrthogonalOnly, OwnWords, ParallelRescale, PersonalizationGuidance,
                               StyleContrast, TextFloor, TINY_SDXL, evaluate, every, finetune, interval)
-from parallel_rescale.analysis import subject_means
-from parallel_rescale.consistency import consistency_guidance
-from parallel_rescale.evaluate import load_pipeline, quietly
-from parallel_rescale.grid import load_scores, noise_seed, picture_name, prompt_set, throughput
-from parallel_rescale.guidance import label
-from parallel_rescale.pipeline import diagnostics
-from parallel_rescale.plot import image_grid
-from parallel_rescale.rivals import APG, AutoLoRA, CFGZero, FrequencyGuidance, PerpNeg, TangentialCFG, WeakLoRA
-from parallel_rescale.subject_folder import base_prompt, subject_prompt
-from parallel_rescale.world import SUBJECTS, reference_set
+from parallel_rescale.evidence.reports import subject_means
+from parallel_rescale.method.consistency import consistency_guidance
+from parallel_rescale.evidence.evaluation import load_pipeline
+from parallel_rescale.tools.util import quietly
+from parallel_rescale.evidence.questions import noise_seed, prompt_set
+from parallel_rescale.evidence.store import load_scores, picture_name, throughput
+from parallel_rescale.method.registry import label
+from parallel_rescale.machine.pipeline import diagnostics
+from parallel_rescale.tools.plot import image_grid
+from parallel_rescale.method.rivals import APG, AutoLoRA, CFGZero, FrequencyGuidance, PerpNeg, TangentialCFG
+from parallel_rescale.method.rivals import WeakLoRA
+from parallel_rescale.machine.prompts import base_prompt, subject_prompt
+from parallel_rescale.world.tinyworld import SUBJECTS, reference_set
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "parallel_rescale" / "data" / "evidence"

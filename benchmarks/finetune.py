@@ -21,10 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from denoiser import SDXL, SMALL
 from parallel_rescale import TINY_SDXL, dco
-from parallel_rescale.denoiser import PromptEmbeds, adapter_rows
-from parallel_rescale.subject import as_references
-from parallel_rescale.subject_folder import base_prompt, subject_prompt
-from parallel_rescale.world import reference_set
+from parallel_rescale.machine.adapter_rows import adapter_rows
+from parallel_rescale.machine.prompts import PromptEmbeds
+from parallel_rescale.subject.references import as_references
+from parallel_rescale.machine.prompts import base_prompt, subject_prompt
+from parallel_rescale.world.tinyworld import reference_set
 
 
 CAT = dict(class_noun="cat", token="<pixel>")

@@ -27,8 +27,10 @@ limited() {   # limited SECONDS NAME command…: at most so long, its output in 
 part_a() {
   limited 180 tests pytest -q -m cuda -p no:cacheprovider --junitxml="$OUT/junit.xml"
   # chapters take CUDA by themselves where there is one
-  for chapter in 01_cfg 02_projection 03_consistency 04_normalization 05_guidance 05c_style_contrast 05d_adaptive 06_denoiser 07_pipeline 11b_demo; do
-    limited 45 "chapter_$chapter" nbdev_test --path "nbs/$chapter.ipynb"
+  for chapter in 1_method/0[1-9]_* 1_method/10_focus 2_machine/0[135]_* 6_use/01_demo; do
+    for file in nbs/${chapter%.ipynb}.ipynb; do
+      limited 45 "chapter_$(basename "$file" .ipynb)" nbdev_test --path "$file"
+    done
   done
 }
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from parallel_rescale import (CFG, ConsistencyGuidance, ParallelRescale, PersonalizationGuidance, StyleContrast, TINY_SDXL,
                               evaluate, every, finetune)
-from parallel_rescale.dco import recommended
-from parallel_rescale.grid import tinyworld_prompts
-from parallel_rescale.world import STYLES, SUBJECTS, reference_set
+from parallel_rescale.subject.defaults import recommended
+from parallel_rescale.evidence.questions import tinyworld_prompts
+from parallel_rescale.world.tinyworld import STYLES, SUBJECTS, reference_set
 
 HERE = Path(__file__).parent
 PLACES = ("city", "night", "snow")   # none of the references was taken there

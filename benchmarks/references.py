@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel_rescale.subject import ALIKE, alike_pictures, as_references, border_likeness
-from parallel_rescale.world import BACKGROUNDS, SUBJECTS, reference_set
+from parallel_rescale.subject.references import ALIKE, alike_pictures, as_references, border_likeness
+from parallel_rescale.world.tinyworld import BACKGROUNDS, SUBJECTS, reference_set
 
 BY_EYE = dict(berry_bowl="all: white cloth", cat="all: dark wood", red_cartoon="all: white", dog6="4 of 5: orange wall", clock="3 of 6: white bed", dog5="one room, four views",
               pink_sunglasses="pale sheets, pink or grey", backpack="3 of 6: wood; 3 of 6: sky", dog="2 and 2", can="2 and 2")

@@ -3,7 +3,7 @@
     python benchmarks/evidence.py subjects        # fine-tune them, once
     python benchmarks/two_subjects.py             # draw and score: six minutes on one core
 
-Scores of single pictures stay in --work; what chapter 05e reads, a mean for each pair, rule and kind of prompt, goes to
+Scores of single pictures stay in --work; what the chapter on several subjects reads, a mean for each pair, rule and kind of prompt, goes to
 parallel_rescale/data/evidence/two_subjects.csv. A run that was stopped goes on where it ended.
 """
 import argparse
@@ -15,10 +15,13 @@ import pandas as pd
 import torch
 
 from parallel_rescale import SeveralSubjects, TINY_SDXL
-from parallel_rescale.evaluate import draw_truth, load_pipeline, quietly
-from parallel_rescale.grid import noise_seed, prompt_set, write_atomically
-from parallel_rescale.metrics import JudgeScorer, References, score
-from parallel_rescale.world import BACKGROUNDS, STYLES, SUBJECTS
+from parallel_rescale.evidence.evaluation import draw_truth, load_pipeline
+from parallel_rescale.tools.util import quietly
+from parallel_rescale.evidence.questions import noise_seed, prompt_set
+from parallel_rescale.tools.util import write_atomically
+from parallel_rescale.evidence.scorers import References, score
+from parallel_rescale.evidence.world_scorers import JudgeScorer
+from parallel_rescale.world.tinyworld import BACKGROUNDS, STYLES, SUBJECTS
 
 DATA = Path(__file__).parents[1] / "parallel_rescale" / "data" / "evidence"
 PAIRS = [("pixel_the_cat", "midnight_the_cat"), ("bubbles_the_fish", "marlin_the_fish"), ("bolt_the_robot", "fern_the_robot"), ("herbie_the_car", "taxi_the_car")]

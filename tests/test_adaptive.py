@@ -6,9 +6,10 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from parallel_rescale import ConsistencyGuidance, Focus, FocusedContrast, OwnWords, SubjectPipeline, TINY_SDXL, TextFloor, every
-from parallel_rescale.adaptive import bearable, strongest
-from parallel_rescale.guidance import Branch, label, rule
-from parallel_rescale.projection import coefficient
+from parallel_rescale.method.focus import bearable, strongest
+from parallel_rescale.method.guidance import Branch
+from parallel_rescale.method.registry import label, rule
+from parallel_rescale.method.projection import coefficient
 
 
 def triple(seed, rows=3):

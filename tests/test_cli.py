@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from parallel_rescale import cli
-from parallel_rescale.world import reference_set
+from parallel_rescale.world.tinyworld import reference_set
 
 STEPS = ["--steps", "2"]
 
@@ -52,7 +52,7 @@ def subject(photos, tmp_path_factory):
 
 
 def test_help_is_there_at_once():
-    code = "import sys, parallel_rescale.cli as cli\ntry: cli.app(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys, parallel_rescale.use.cli as cli\ntry: cli.app(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for command in ("demo", "finetune", "sample", "compare", "evaluate", "info", "train-tiny"):
@@ -157,7 +157,7 @@ def test_a_fault_of_the_program_is_one_line_too(subject, monkeypatch):
 
 
 def test_demo_compares_the_rules(tmp_path):
-    from parallel_rescale.demo import DEMO_PROMPTS, DEMO_RULES
+    from parallel_rescale.use.demo import DEMO_PROMPTS, DEMO_RULES
     folder = tmp_path / "demo"
     arguments = ["demo", "--output", folder, "--subject", "inky_the_octopus", "--num-seeds", 1, "--max-train-steps", 2, *STEPS]
     output = ok(*arguments)

@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig
 
 from parallel_rescale import SubjectPipeline
-from parallel_rescale.denoiser import PromptEmbeds, _counts_steps, guided
-from parallel_rescale.guidance import CFG, ConsistencyGuidance, ParallelRescale, every, interval
-from parallel_rescale.judge import judge_images, load_judge
-from parallel_rescale.tiny import assert_near, chapter_device, load_tiny_sdxl
+from parallel_rescale.machine.denoiser import _counts_steps, guided
+from parallel_rescale.machine.prompts import PromptEmbeds
+from parallel_rescale.method.rules import CFG, ConsistencyGuidance, ParallelRescale
+from parallel_rescale.method.schedules import every, interval
+from parallel_rescale.world.judge import judge_images, load_judge
+from parallel_rescale.tools.embedded import assert_near, chapter_device, load_tiny_sdxl
 from test_devices import all_rules
 from test_subject_folder import make_subject
 

@@ -11,10 +11,14 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from parallel_rescale.denoiser import PromptEmbeds, Rows, RowScale, adapter_layers, adapter_rows, encode_prompts, guided, repeat_rows
-from parallel_rescale.guidance import (CFG, AutoGuidance, Branch, ConsistencyGuidance, Guidance, OrthogonalOnly, ParallelRescale,
-                                       PersonalizationGuidance, every, interval)
-from parallel_rescale.tiny import load_tiny_sdxl
+from parallel_rescale.machine.adapter_rows import adapter_layers, adapter_rows, Rows, RowScale
+from parallel_rescale.machine.denoiser import guided, repeat_rows
+from parallel_rescale.machine.prompts import encode_prompts, PromptEmbeds
+from parallel_rescale.method.guidance import Branch, Guidance
+from parallel_rescale.method.rules import AutoGuidance, CFG, ConsistencyGuidance, OrthogonalOnly
+from parallel_rescale.method.rules import ParallelRescale, PersonalizationGuidance
+from parallel_rescale.method.schedules import every, interval
+from parallel_rescale.tools.embedded import load_tiny_sdxl
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYWHERE = ATTENTION + ["conv1", "conv_in", "time_emb_proj", "linear_1", "proj_in", "ff.net.2"]  # inputs of 2, 3 and 4 dimensions

@@ -16,27 +16,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import parallel_rescale.denoiser as denoiser
-from parallel_rescale.denoiser import PromptEmbeds, adapter_rows, guided
-from parallel_rescale.guidance import ConsistencyGuidance, ParallelRescale, every, interval, known_rules
-from parallel_rescale.several import SeveralSubjects
-from parallel_rescale.tiny import TINY_SDXL
+import parallel_rescale.machine.denoiser as denoiser
+from parallel_rescale.machine.adapter_rows import adapter_rows
+from parallel_rescale.machine.denoiser import guided
+from parallel_rescale.machine.prompts import PromptEmbeds
+from parallel_rescale.method.registry import known_rules
+from parallel_rescale.method.rules import ConsistencyGuidance, ParallelRescale
+from parallel_rescale.method.schedules import every, interval
+from parallel_rescale.method.several import SeveralSubjects
+from parallel_rescale.tools.embedded import TINY_SDXL
 
 FACTORIES = set("arange as_tensor empty eye from_numpy full linspace logspace ones rand randint randn randperm tensor zeros".split())
 DRAWN = "drawn by a CPU generator, so that a seed means the same on every device; moved afterwards"
 PICTURES = "from a picture or table in the memory of the CPU; the caller moves it"
 ON_CPU = "the toy lives on the CPU"
 WITHOUT_DEVICE = {  # module.function → why its factories may stand without device=
-    "consistency.sample_by_hand": DRAWN, "dco.draw": DRAWN,
-    "dco.cut": PICTURES, "dco.encode_images": PICTURES, "evaluate.draw_truth": PICTURES, "judge.as_tensor": PICTURES,
-    "dco.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
-    "denoiser._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
-    "denoiser._placed": "stands for the device that offloading has moved the weights to: the CPU",
-    "evaluate.unet_throughput": "device is in **like",
-    "metrics._Encoder.to_references": "a table of numbers for the user, not an operand",
-    "metrics.JudgeScorer.__call__.probability": "an index, which indexing takes from the CPU too",
-    "tiny_training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
-    "tiny_training2": "as tiny_training",
+    "consistency.sample_by_hand": DRAWN, "data.draw": DRAWN,
+    "data.cut": PICTURES, "data.encode_images": PICTURES, "evaluation.draw_truth": PICTURES, "judge.as_tensor": PICTURES,
+    "step.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
+    "adapter_rows._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
+    "adapter_rows._placed": "stands for the device that offloading has moved the weights to: the CPU",
+    "evaluation.unet_throughput": "device is in **like",
+    "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
+    "world_scorers.JudgeScorer.__call__.probability": "an index, which indexing takes from the CPU too",
+    "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
+    "training2": "as training",
     "toy": ON_CPU,
 }
 
@@ -53,7 +57,7 @@ def places_without_device(path):
 
 
 def test_factories_without_a_device_have_a_reason():
-    found = {place for path in Path(denoiser.__file__).parent.glob("*.py") for place in places_without_device(path)}
+    found = {place for path in Path(denoiser.__file__).parents[1].rglob("*.py") for place in places_without_device(path)}
     def excuse(place): return next((key for key in WITHOUT_DEVICE if place == key or place.startswith(key + ".")), None)
     assert sorted(p for p in found if excuse(p) is None) == [], "give device=, or a reason above"
     assert sorted(set(WITHOUT_DEVICE) - {excuse(p) for p in found}) == [], "no longer needed above"

@@ -16,18 +16,29 @@ import torch
 from PIL import Image
 
 from parallel_rescale import metrics
-from parallel_rescale.analysis import (axes_of, compare, curve_gap, hypervolume, hypervolumes, interval, levels, matched, mean_interval, metrics_of, paired_differences, pareto,
-                                       plot_tradeoff, report, summarize, tradeoff_points, worst)
-from parallel_rescale.evaluate import Worker, draw_truth, evaluate, load_pipeline, room_for, share, unet_throughput
-from parallel_rescale.grid import (MANIFEST, PARTS, PROMPT_SETS, SCORES, as_cases, case, done_jobs, load_scores, make_plan, named_rules, noise_seed, open_results, picture_name,
-                                   plan, prompt_data, prompt_set, save_result, throughput)
-from parallel_rescale.guidance import CFG, ConsistencyGuidance, ParallelRescale, RULES
-from parallel_rescale.judge import judge_images, load_judge
-from parallel_rescale.metrics import (APPEARANCE, METRICS, SCORERS, ClipScorer, DinoScorer, JudgeScorer, LeakScorer, OracleScorer, Prompt, References, SiglipScorer, appearance,
-                                      score, scorer, separation, true_renders, truth_bank, whitening)
-from parallel_rescale.subject_folder import Subject, base_signature, save_adapter
-from parallel_rescale.tiny import TINY_SDXL
-from parallel_rescale.world import BACKGROUNDS, CLASSES, STYLES, SUBJECTS, random_instance, random_pose, reference_set, render
+from parallel_rescale.evidence.reports import axes_of, report, worst
+from parallel_rescale.evidence.statistics import compare, curve_gap, hypervolume, hypervolumes, interval
+from parallel_rescale.evidence.statistics import levels, matched, mean_interval, metrics_of
+from parallel_rescale.evidence.statistics import paired_differences, pareto, plot_tradeoff, summarize
+from parallel_rescale.evidence.statistics import tradeoff_points
+from parallel_rescale.evidence.evaluation import draw_truth, evaluate, load_pipeline, room_for, share
+from parallel_rescale.evidence.evaluation import unet_throughput, Worker
+from parallel_rescale.evidence.questions import as_cases, case, named_rules, noise_seed, prompt_data
+from parallel_rescale.evidence.questions import prompt_set, PROMPT_SETS
+from parallel_rescale.evidence.store import done_jobs, load_scores, make_plan, MANIFEST, open_results, PARTS
+from parallel_rescale.evidence.store import picture_name, plan, save_result, SCORES, throughput
+from parallel_rescale.method.guidance import RULES
+from parallel_rescale.method.rules import CFG, ConsistencyGuidance, ParallelRescale
+from parallel_rescale.world.judge import judge_images, load_judge
+from parallel_rescale.evidence.scorers import ClipScorer, DinoScorer, known_metrics, Prompt, References, score
+from parallel_rescale.evidence.scorers import known_scorers, scorer, SiglipScorer
+from parallel_rescale.evidence.world_scorers import appearance, APPEARANCE, JudgeScorer, LeakScorer
+from parallel_rescale.evidence.world_scorers import OracleScorer, separation, true_renders, truth_bank
+from parallel_rescale.evidence.world_scorers import whitening
+from parallel_rescale.machine.saved_subject import Subject, base_signature, save_adapter
+from parallel_rescale.tools.embedded import TINY_SDXL
+from parallel_rescale.world.tinyworld import BACKGROUNDS, CLASSES, random_instance, random_pose
+from parallel_rescale.world.tinyworld import reference_set, render, STYLES, SUBJECTS
 
 CAT = References("pixel_the_cat", "cat", tuple(Image.fromarray(p) for p, _ in reference_set("pixel_the_cat")))
 SNOW = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
@@ -72,12 +83,12 @@ def test_bad_prompts(bad, says):
 
 
 def test_scorers_by_name():
-    assert {type(scorer(n)) for n in SCORERS} == set(SCORERS.values())
+    assert {type(scorer(n)) for n in known_scorers()} == set(known_scorers().values())
     assert scorer(brightness) is brightness and repr(scorer("dino:a/b")) == "dino:a/b" and repr(scorer("judge")) == "judge"
     assert scorer("clip", "cuda:1").device == "cuda:1"
     for bad, says in (("clpi", "clip"), ("judge:x", "no model")):
         with pytest.raises(ValueError, match=says): scorer(bad)
-    for name in SCORERS: assert repr(pickle.loads(pickle.dumps(scorer(name)))) == repr(scorer(name))
+    for name in known_scorers(): assert repr(pickle.loads(pickle.dumps(scorer(name)))) == repr(scorer(name))
 
 
 # ---------------------------------------------------------------- pretrained encoders, tiny and random
@@ -262,9 +273,9 @@ def test_tinyworld_scorers_say_what_they_cannot_do():
 
 
 def test_every_score_has_a_name_and_a_direction():
-    assert all(len(v) == 2 and v[1] in (1, -1) for v in METRICS.values())
+    assert all(len(v) == 2 and v[1] in (1, -1) for v in known_metrics().values())
     found = score([scorer(n) for n in ("judge", "oracle", "leak")], pictures(1), SNOW[0], CAT)
-    assert set(found) <= set(METRICS)
+    assert set(found) <= set(known_metrics())
 
 
 # ---------------------------------------------------------------- prompts and cases
@@ -380,7 +391,7 @@ def test_the_grid_is_complete_and_paired(whole, cases):
 
 def test_a_cell_is_what_the_pipeline_draws(whole, cases):
     "Whoever has the noise seed of a row gets its picture."
-    from parallel_rescale.pipeline import SubjectPipeline
+    from parallel_rescale.machine.pipeline import SubjectPipeline
     table, folder = whole
     job = plan([c.references.name for c in cases], list(table.rule.unique()), 2, [0, 1], 3)[0]
     rows = table[(table.subject == job.subject) & (table.rule == job.rule)].head(3)
@@ -498,10 +509,10 @@ def test_unet_throughput(cases):
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from parallel_rescale.evaluate import evaluate
+from parallel_rescale.evidence.evaluation import evaluate
 from tests_scorer import brightness
 subjects = dict(zip(sys.argv[2::3], zip(sys.argv[3::3], sys.argv[4::3])))
-from parallel_rescale.metrics import Prompt
+from parallel_rescale.evidence.scorers import Prompt
 prompts = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
 evaluate(subjects, prompts, ["consistency:text=5", "style_contrast:text=5"], 2, [brightness], sys.argv[1], steps=2, batch_size=3, progress=False, threads=1)
 Path(f"process{os.environ['RANK']}of{os.environ['WORLD_SIZE']}").touch()

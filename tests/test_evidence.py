@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 
 from parallel_rescale import ConsistencyGuidance, RULES
-from parallel_rescale.evidence import RECORDED, recorded
-from parallel_rescale.world import SUBJECTS
+from parallel_rescale.evidence.recorded import RECORDED, recorded
+from parallel_rescale.world.tinyworld import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "evidence.py"
 SCORED = [p.stem for p in sorted(RECORDED.glob("*.csv")) if p.stem not in ("ratio", "two_subjects", "failures")]
-CHAPTERS = ["nbs/11_evidence.ipynb", "nbs/11a_family.ipynb", "nbs/index.ipynb"]
+CHAPTERS = ["nbs/5_evidence/08_evidence.ipynb", "nbs/5_evidence/09_family.ipynb", "nbs/index.ipynb"]
 PAPERS_OWN = {"0.6457", "0.6517", "0.6833", "0.6776"}
 
 
@@ -74,7 +74,7 @@ def test_recorded_tables_say_what_the_chapters_show(path, monkeypatch):
     "Runs the cells that read the recorded tables, and compares what they show with what is stored in the chapter."
     import matplotlib
     matplotlib.use("Agg")
-    monkeypatch.chdir(ROOT / "nbs")
+    monkeypatch.chdir((ROOT / path).parent)
     from IPython.display import Markdown
     said, names = [], dict(display=lambda value: said.append(value), __name__="chapter")
     compared = 0
@@ -94,7 +94,7 @@ def test_recorded_tables_say_what_the_chapters_show(path, monkeypatch):
 
 
 def test_the_experiments_are_well_formed(evidence):
-    from parallel_rescale.grid import named_rules
+    from parallel_rescale.evidence.questions import named_rules
     for name, e in evidence.EXPERIMENTS.items():
         assert len(named_rules(e.rules())) >= 3 and set(e.names) <= set(SUBJECTS) and e.steps >= 20, name
         assert all(evidence.split(way)[1] in evidence.SETS for way in e.ways), name

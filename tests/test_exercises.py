@@ -9,17 +9,17 @@ from types import CodeType, ModuleType
 
 import pytest
 
-from parallel_rescale.exercises import attempt, is_open
-from parallel_rescale.guidance import known_rules
+from parallel_rescale.tools.exercises import attempt, is_open
+from parallel_rescale.method.registry import known_rules
 
 NBS = Path(__file__).parents[1] / "nbs"
 # a training each, whose solutions are words; and one on the results of the whole tutorial, which has a test of its own
-LONG = {("09_dco.ipynb", "c100"), ("09_dco.ipynb", "c102"), ("reproduction.ipynb", "c044")}
+LONG = {("10_finetune.ipynb", "c100"), ("10_finetune.ipynb", "c102"), ("reproduction.ipynb", "c044")}
 
 
 def cells(path): return [(c["id"], c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
 def exercises(path): return [i for i, (_, kind, source) in enumerate(cells(path)) if kind == "code" and source.startswith("%%exercise")]
-WITH = [p for p in sorted(NBS.rglob("*.ipynb")) if p.name != "00f_exercises.ipynb" and exercises(p)]
+WITH = [p for p in sorted(NBS.rglob("*.ipynb")) if p.name != "04_exercises.ipynb" and exercises(p)]
 
 
 def plain(source):
@@ -75,7 +75,7 @@ def test_an_exercise_waits_while_it_is_open(path):
 def test_every_exercise_is_solved_by_its_solution(path, monkeypatch, tmp_path):
     import matplotlib
     matplotlib.use("Agg")
-    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(known_rules()))
+    monkeypatch.setattr(sys.modules["parallel_rescale.method.guidance"], "RULES", dict(known_rules()))
     monkeypatch.chdir(tmp_path)
     main = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", main)     # a rule of a notebook may take the place of its module's

@@ -18,12 +18,14 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from parallel_rescale import checkpoints, dco
-from parallel_rescale.checkpoints import training_log
-from parallel_rescale.dco import dco_loss, dreambooth_loss, finetune, min_snr_weight, recommended
-from parallel_rescale.subject import as_references
-from parallel_rescale.subject_folder import Subject, installed_versions
-from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
-from parallel_rescale.world import reference_set
+from parallel_rescale.subject.checkpoints import training_log
+from parallel_rescale.subject.defaults import recommended
+from parallel_rescale.subject.finetuning import finetune
+from parallel_rescale.subject.losses import dco_loss, dreambooth_loss, min_snr_weight
+from parallel_rescale.subject.references import as_references
+from parallel_rescale.machine.saved_subject import Subject, installed_versions
+from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
+from parallel_rescale.world.tinyworld import reference_set
 
 CAT = dict(class_noun="cat", token="<pixel>")
 QUICK = "from parallel_rescale import dco; dco.SAMPLE_STEPS, dco.SAMPLE_PROMPTS = 1, dco.SAMPLE_PROMPTS[:1]; import torch; torch.set_num_threads(1)\n"
@@ -473,7 +475,7 @@ def test_resume_equals_an_uninterrupted_run(references, uninterrupted, tmp_path,
 
 def script(output, **more):
     return QUICK + textwrap.dedent(f"""
-        from parallel_rescale.world import reference_set
+        from parallel_rescale.world.tinyworld import reference_set
         dco.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{RUN | more!r})
     """)
 
@@ -744,7 +746,7 @@ def test_two_processes_equal_one(references, tmp_path):
 PAIR = QUICK + """
 import os, signal
 from pathlib import Path
-from parallel_rescale.world import reference_set
+from parallel_rescale.world.tinyworld import reference_set
 rank, original = int(os.environ["RANK"]), dco.{name}
 def changed(*args, **kwargs):
     result = original(*args, **kwargs)

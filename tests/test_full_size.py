@@ -15,11 +15,11 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, SubjectPipeline, dco
-from parallel_rescale.checkpoints import training_log
-from parallel_rescale.subject import as_references
-from parallel_rescale.subject_folder import Subject
-from parallel_rescale.tiny import TINY_SDXL
-from parallel_rescale.world import reference_set
+from parallel_rescale.subject.checkpoints import training_log
+from parallel_rescale.subject.references import as_references
+from parallel_rescale.machine.saved_subject import Subject
+from parallel_rescale.tools.embedded import TINY_SDXL
+from parallel_rescale.world.tinyworld import reference_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.full_size]
 HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)

@@ -10,14 +10,17 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from parallel_rescale.denoiser import encode_prompts, guided
-from parallel_rescale.evaluate import load_pipeline
-from parallel_rescale.guidance import (CFG, AutoGuidance, Branch, ConsistencyGuidance, Guidance, OrthogonalOnly, ParallelRescale, PersonalizationGuidance,
-                                       every, interval)
-from parallel_rescale.pipeline import Record, SubjectPipeline, diagnostics
-from parallel_rescale.plot import plot_ratio
-from parallel_rescale.subject_folder import LORA_FILE, TOKENS_FILE, Subject, load_tokens
-from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
+from parallel_rescale.machine.denoiser import guided
+from parallel_rescale.machine.prompts import encode_prompts
+from parallel_rescale.evidence.evaluation import load_pipeline
+from parallel_rescale.method.guidance import Branch, Guidance
+from parallel_rescale.method.rules import AutoGuidance, CFG, ConsistencyGuidance, OrthogonalOnly
+from parallel_rescale.method.rules import ParallelRescale, PersonalizationGuidance
+from parallel_rescale.method.schedules import every, interval
+from parallel_rescale.machine.pipeline import Record, SubjectPipeline, diagnostics
+from parallel_rescale.tools.plot import plot_ratio
+from parallel_rescale.machine.saved_subject import LORA_FILE, TOKENS_FILE, Subject, load_tokens
+from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
 from test_subject_folder import make_subject
 
 PROMPT = "a <dog> on the beach"

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ConfigParser(delimiters=["="])
 CONFIG.read(ROOT / "settings.ini", encoding="utf-8")
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-MODULES = sorted(path.stem for path in (ROOT / "parallel_rescale").glob("[!_]*.py"))
+MODULES = sorted(".".join(path.relative_to(ROOT / "parallel_rescale").with_suffix("").parts)
+                 for path in (ROOT / "parallel_rescale").rglob("[!_]*.py"))
 FIGURE_BYTES = 150_000
 
 
@@ -58,7 +59,7 @@ def differing(copy, suffix, folder):
 
 
 def test_modules_are_what_the_notebooks_export(copy):
-    for path in (copy / "parallel_rescale").glob("*.py"):
+    for path in (copy / "parallel_rescale").rglob("*.py"):
         if path.name != "__init__.py": path.unlink()  # a module without a notebook would otherwise go unnoticed
     python(f"import os; os.chdir({str(copy)!r}); from nbdev.doclinks import nbdev_export; nbdev_export()")
     assert differing(copy, ".py", "parallel_rescale") == [], "run nbdev_export"
@@ -130,18 +131,18 @@ def test_every_public_name_can_be_imported():
 
 
 @pytest.mark.parametrize("first", [
-    "import parallel_rescale.cfg",
-    "from parallel_rescale.cfg import cfg",
+    "import parallel_rescale.method.classifier_free",
+    "from parallel_rescale.method.classifier_free import cfg",
     "from parallel_rescale import cfg",
     "from parallel_rescale import CFG, parallel_rescale",
     "from parallel_rescale import *",
-    "import importlib; importlib.import_module('parallel_rescale.cfg')",
+    "import importlib; importlib.import_module('parallel_rescale.method.classifier_free')",
 ])
 def test_a_function_is_never_hidden_by_the_module_of_its_name(first):
     python(f"{first}\nfrom parallel_rescale import cfg, parallel_rescale\nimport parallel_rescale as package, sys\n"
-           "assert cfg is package.cfg is sys.modules['parallel_rescale.cfg'].cfg and callable(cfg)\n"
+           "assert cfg is package.cfg is sys.modules['parallel_rescale.method.classifier_free'].cfg and callable(cfg)\n"
            "assert parallel_rescale.__name__ == 'parallel_rescale' and callable(parallel_rescale)\n"
-           "from parallel_rescale.cfg import cfg as again; assert again is cfg")
+           "from parallel_rescale.method.classifier_free import cfg as again; assert again is cfg")
 
 
 def test_importing_the_package_is_cheap():
@@ -179,5 +180,5 @@ def test_the_built_wheel_holds_the_package_and_the_embedded_model(copy, tmp_path
     inside = set(ZipFile(wheel).namelist())
     data = {str(path.relative_to(ROOT)) for folder in ("tiny_sdxl", "data") for path in (ROOT / "parallel_rescale" / folder).rglob("*") if path.is_file()}
     assert data <= inside and "parallel_rescale/tiny_sdxl/model_index.json" in inside
-    assert {f"parallel_rescale/{name}.py" for name in MODULES} <= inside
+    assert {f"parallel_rescale/{name.replace('.', '/')}.py" for name in MODULES} <= inside
     assert not any(name.startswith(("tests/", "nbs/", "benchmarks/")) for name in inside)

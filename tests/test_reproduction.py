@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from parallel_rescale import dco
-from parallel_rescale.grid import prompt_set
-from parallel_rescale.tiny import TINY_SDXL
+from parallel_rescale.evidence.questions import prompt_set
+from parallel_rescale.tools.embedded import TINY_SDXL
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "tutorials" / "reproduction.ipynb"
 DRAWN = dict(steps=1, batch_size=4, seeds=1)

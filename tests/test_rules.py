@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 
-from parallel_rescale.cfg import cfg
-from parallel_rescale.projection import coefficient, project
-from parallel_rescale.consistency import consistency_guidance, consistency_ratio, ratio_summary
-from parallel_rescale.normalization import RATIOS, normalize_ratio, parallel_rescale
-from parallel_rescale.guidance import (RULES, Adapter, AutoGuidance, Branch, CFG, ConsistencyGuidance, Guidance, OrthogonalOnly,
-                                       ParallelRescale, PersonalizationGuidance, Scale, every, interval, known_rules, label, rule)
+from parallel_rescale.method.classifier_free import cfg
+from parallel_rescale.method.projection import coefficient, project
+from parallel_rescale.method.consistency import consistency_guidance, consistency_ratio, ratio_summary
+from parallel_rescale.method.normalization import RATIOS, normalize_ratio, parallel_rescale
+from parallel_rescale.method.guidance import Adapter, Branch, Guidance, RULES, Scale
+from parallel_rescale.method.registry import known_rules, label, rule
+from parallel_rescale.method.rules import AutoGuidance, CFG, ConsistencyGuidance, OrthogonalOnly
+from parallel_rescale.method.rules import ParallelRescale, PersonalizationGuidance
+from parallel_rescale.method.schedules import every, interval
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("rules", max_examples=40, deadline=None)
@@ -311,7 +314,7 @@ def test_registry():
 
 @pytest.mark.parametrize("r", ALL + [pytest.param(interval(ParallelRescale(), .1, .9), id="interval"), pytest.param(every(CFG(), 3), id="every")])
 def test_a_rule_is_a_value(r):
-    import parallel_rescale.guidance as g
+    import parallel_rescale as g
     assert r == copy.deepcopy(r) and hash(r) == hash(copy.deepcopy(r)) and pickle.loads(pickle.dumps(r)) == r
     assert eval(repr(r), {**vars(g), type(r).__name__: type(r)}) == r
     assert label(r) == r.label and 0 < len(r.label) < 60
@@ -513,7 +516,7 @@ def test_colors_and_grid():
     import numpy as np
     from PIL import Image
     from parallel_rescale import RULES     # with those of all chapters
-    from parallel_rescale.plot import image_grid, rule_color
+    from parallel_rescale.tools.plot import image_grid, rule_color
     assert len({rule_color(name) for name in RULES}) == len({c.title for c in RULES.values()}) == len(RULES)
     assert rule_color(every(ParallelRescale(), 2)) == rule_color("parallel_rescale") == ParallelRescale.color
     with pytest.raises(ValueError, match="Did you mean"): rule_color("paralel_rescale")
@@ -530,7 +533,7 @@ def test_colors_and_grid():
 def test_plot_ratio():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    from parallel_rescale.plot import plot_ratio
+    from parallel_rescale.tools.plot import plot_ratio
     run = [dict(t=t, p=ratio_summary(torch.randn(2, 1, 4, 4))) for t in (900, 500, 100)]
     ax = plot_ratio({"photo": run, "sketch": run})
     assert ax.xaxis_inverted() and len(ax.get_legend().get_texts()) == 2
@@ -543,8 +546,9 @@ FOREIGN = """
 from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-import parallel_rescale.guidance as g
-from parallel_rescale.guidance import Adapter, ConsistencyGuidance, Scale
+import parallel_rescale.method.guidance as g
+from parallel_rescale.method.guidance import Adapter, Scale
+from parallel_rescale.method.rules import ConsistencyGuidance
 if TYPE_CHECKING: from nowhere import Unknown
 
 @dataclass(frozen=True, repr=False)
@@ -560,7 +564,7 @@ class Foreign(ConsistencyGuidance):
 def foreign(tmp_path, monkeypatch):
     (tmp_path / "foreign_rule.py").write_text(FOREIGN.replace("{name}", "file"), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(RULES))
+    monkeypatch.setattr(sys.modules["parallel_rescale.method.guidance"], "RULES", dict(RULES))
     yield importlib.import_module("foreign_rule").Foreign
     sys.modules.pop("foreign_rule")
 
@@ -597,7 +601,7 @@ def test_a_signature_includes_the_rule_inside():
 
 
 def test_names_are_registered_where_the_class_is_made(monkeypatch):
-    monkeypatch.setattr(sys.modules["parallel_rescale.guidance"], "RULES", dict(known_rules()))
+    monkeypatch.setattr(sys.modules["parallel_rescale.method.guidance"], "RULES", dict(known_rules()))
     def made(qualname, module=__name__, **more):
         return type(qualname, (CFG,), dict(__module__=module, __qualname__=qualname, **more))
     first = made("Mine", name="mine")
@@ -612,7 +616,7 @@ def test_names_are_registered_where_the_class_is_made(monkeypatch):
     with pytest.raises(ValueError, match="unknown"): rule("hidden")
 
 
-@pytest.mark.parametrize("code", ["from parallel_rescale.guidance import rule, RULES; print(rule('focus').name, rule('several').name, len(RULES))",
+@pytest.mark.parametrize("code", ["from parallel_rescale.method.registry import rule; from parallel_rescale.method.guidance import RULES; print(rule('focus').name, rule('several').name, len(RULES))",
                                   "import parallel_rescale as p; print(p.rule('focus').name, p.rule('several').name, len(p.RULES))",
                                   "from parallel_rescale import RULES; print('focus', 'several', len(RULES))"])
 def test_every_rule_is_known_whatever_was_imported(code):
@@ -646,7 +650,7 @@ def test_half_precision_is_float32_rounded(r, dtype, size):
 
 PLUGIN = """
 from dataclasses import dataclass
-from parallel_rescale.guidance import SubjectGuidance
+from parallel_rescale.method.rules import SubjectGuidance
 @dataclass(frozen=True, repr=False)
 class Late(SubjectGuidance):
     name = "late_plugin"
@@ -662,7 +666,7 @@ def test_an_installed_package_adds_rules_by_its_entry_point(tmp_path, module, sa
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(f"[parallel_rescale.rules]\nmine = {module}\n", encoding="utf-8")
-    code = "from parallel_rescale.guidance import rule; print(rule('late_plugin:text=3').label if 'late_plugin' in __import__('parallel_rescale').RULES else rule('focus').label)"
+    code = "from parallel_rescale.method.registry import rule; print(rule('late_plugin:text=3').label if 'late_plugin' in __import__('parallel_rescale').RULES else rule('focus').label)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.returncode == 0, done.stderr
     if said is None: assert done.stdout.strip() == "late plugin 3/3"

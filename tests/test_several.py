@@ -6,10 +6,11 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, SeveralSubjects, SubjectPipeline, TINY_SDXL, every, interval, rule
-from parallel_rescale.guidance import Branch, label
-from parallel_rescale.normalization import RATIOS
-from parallel_rescale.projection import coefficient, project
-from parallel_rescale.several import AGAINST, REGIONS, region_mask, without_conflict
+from parallel_rescale.method.guidance import Branch
+from parallel_rescale.method.registry import label
+from parallel_rescale.method.normalization import RATIOS
+from parallel_rescale.method.projection import coefficient, project
+from parallel_rescale.method.several import AGAINST, REGIONS, region_mask, without_conflict
 from test_subject_folder import make_subject
 
 settings.register_profile("several", deadline=None, max_examples=40)
@@ -153,7 +154,7 @@ def test_two_adapters_in_one_pipeline(pipe):
 
 
 def test_one_subject_is_parallel_rescaling_whatever_else_is_loaded(pipe):
-    from parallel_rescale.tiny import load_tiny_sdxl
+    from parallel_rescale.tools.embedded import load_tiny_sdxl
     lonely = load_tiny_sdxl(SubjectPipeline, device="cpu").load_subject(Path(TINY_SDXL).parent / "data" / "subject_pixel")
     prompt = "a sketch of a <pixel>"
     for one, plain in ((dict(), ParallelRescale(3., 2.)), (dict(ratio="raw"), ConsistencyGuidance(3., 2.))):

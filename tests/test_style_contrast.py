@@ -8,12 +8,17 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from parallel_rescale import style_contrast as module
-from parallel_rescale.cfg import cfg
-from parallel_rescale.denoiser import encode_prompts, guided
-from parallel_rescale.guidance import RULES, Branch, ConsistencyGuidance, ParallelRescale, every, interval, label, rule
-from parallel_rescale.normalization import RATIOS
-from parallel_rescale.plot import rule_color
-from parallel_rescale.style_contrast import NegativeStyle, StyleContrast, reference_prompt, style_leak
+from parallel_rescale.method.classifier_free import cfg
+from parallel_rescale.machine.denoiser import guided
+from parallel_rescale.machine.prompts import encode_prompts
+from parallel_rescale.method.guidance import Branch, RULES
+from parallel_rescale.method.registry import label, rule
+from parallel_rescale.method.rules import ConsistencyGuidance, ParallelRescale
+from parallel_rescale.method.schedules import every, interval
+from parallel_rescale.method.normalization import RATIOS
+from parallel_rescale.tools.plot import rule_color
+from parallel_rescale.method.style_contrast import NegativeStyle, reference_prompt, style_leak
+from parallel_rescale.method.style_contrast import StyleContrast
 
 settings.register_profile("contrast", max_examples=40, deadline=None)
 settings.load_profile("contrast")
@@ -217,7 +222,7 @@ def test_reference_prompt():
 
 
 def test_the_denoiser_runs_it():
-    from parallel_rescale.tiny import load_tiny_sdxl
+    from parallel_rescale.tools.embedded import load_tiny_sdxl
     from peft import LoraConfig
     pipe = load_tiny_sdxl(device="cpu")
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parallel_rescale.subject import (Reference, as_references, check_references, crop_square, from_dco_json, load_references, open_image,
-                                      reference_table, to_rgb)
+from parallel_rescale.subject.references import as_references, check_references, crop_square, from_dco_json
+from parallel_rescale.subject.references import load_references, open_image, Reference, reference_table
+from parallel_rescale.subject.references import to_rgb
 
 RED = (200, 30, 40)
 
@@ -184,7 +185,7 @@ def test_reference_table(folder):
 
 
 def owner(regime, **options):
-    from parallel_rescale.world import reference_set
+    from parallel_rescale.world.tinyworld import reference_set
     return reference_set("pixel_the_cat", "{subject}", regime, **options)
 
 
@@ -197,7 +198,7 @@ def test_a_shared_background_that_no_caption_names_is_said_before_training(tmp_p
 
 
 def test_the_check_of_references_over_the_world():
-    from parallel_rescale.world import BACKGROUNDS, SUBJECTS, reference_set
+    from parallel_rescale.world.tinyworld import BACKGROUNDS, SUBJECTS, reference_set
     for name in SUBJECTS:
         for place in BACKGROUNDS[1:]:                                   # plain grounds come in many colours
             assert check_references(as_references(reference_set(name, "{subject}", "same place", named=False, place=place))), (name, place)
@@ -225,7 +226,7 @@ def test_the_table_of_references_carries_the_note():
 
 
 def test_prior_preservation_without_a_word_of_its_own_is_warned_of():
-    from parallel_rescale.dco import resolve
-    from parallel_rescale.settings import Settings
+    from parallel_rescale.subject.defaults import resolve
+    from parallel_rescale.subject.settings import Settings
     given = Settings(class_noun="cat", token="<pixel>", output="x", loss="dreambooth", prior_loss_weight=1.0)
     with pytest.warns(UserWarning, match="train_text_encoder_ti=True tells them apart"): resolve(given)

@@ -9,9 +9,11 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
-from parallel_rescale.subject_folder import (LORA_FILE, SUBJECT_FILE, TOKENS_FILE, Subject, base_prompt, base_signature, check_base, check_torchao, derive_base,
-                                             load_tokens, model_card, save_adapter, save_tokens, subject_prompt)
-from parallel_rescale.tiny import TINY_SDXL, load_tiny_sdxl
+from parallel_rescale.machine.prompts import base_prompt, derive_base, subject_prompt
+from parallel_rescale.machine.saved_subject import base_signature, check_base, check_torchao, load_tokens
+from parallel_rescale.machine.saved_subject import LORA_FILE, model_card, save_adapter, save_tokens, Subject
+from parallel_rescale.machine.saved_subject import SUBJECT_FILE, TOKENS_FILE
+from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
 
 
 def make_subject(folder, token="<dog>", class_noun="dog", seed=0, lora=True, rows=1, alpha=8):

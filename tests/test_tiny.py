@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from parallel_rescale.judge import judge_images, load_judge
-from parallel_rescale.tiny import TINY_SDXL, check_tiny_sdxl, load_tiny_sdxl
-from parallel_rescale.tiny_training import frechet_distance, main, score_model
-from parallel_rescale.world import CLASSES, STYLES, SUBJECTS, random_instance, random_pose, reference_set, render
+from parallel_rescale.world.judge import judge_images, load_judge
+from parallel_rescale.tools.embedded import TINY_SDXL, check_tiny_sdxl, load_tiny_sdxl
+from parallel_rescale.world.training import frechet_distance, main, score_model
+from parallel_rescale.world.tinyworld import CLASSES, random_instance, random_pose, reference_set, render
+from parallel_rescale.world.tinyworld import STYLES, SUBJECTS
 
 
 @pytest.fixture(scope="module")
