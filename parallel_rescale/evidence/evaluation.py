@@ -37,26 +37,31 @@ def quietly():
     "Inside, loading makes no remarks and shows no bars."
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
-    lora, bars = logging.getLogger("diffusers.loaders.lora_base"), [lib for lib in (ours, theirs) if lib.is_progress_bar_enabled()]
+    lora, bars = logging.getLogger("diffusers.loaders.lora_base"), [lib for lib in (ours, theirs)
+        if lib.is_progress_bar_enabled()]
     level = lora.level
-    lora.setLevel(logging.ERROR)                                   # that a subject has no LoRA for the text encoders
+    # that a subject has no LoRA for the text encoders
+    lora.setLevel(logging.ERROR)
     for lib in bars: lib.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)      # diffusers' old name for it, the only one that all versions know
+            # diffusers' old name for it, the only one that all versions know
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
             yield
     finally:
         lora.setLevel(level)
         for lib in bars: lib.enable_progress_bar()
 
 def load_pipeline(base, device: str, dtype: str, vae: str | None = None, **options) -> SubjectPipeline:
-    "A pipeline without subjects, ready to draw silently; `vae`: another VAE than its own, `options`: variant and revision of its files."
+    """A pipeline without subjects, ready to draw silently; `vae`: another VAE than its own, `options`:
+    variant and revision of its files."""
     dtype = getattr(torch, dtype)
     with quietly():
         if vae: options["vae"] = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)
         pipe = SubjectPipeline.from_pretrained(base, torch_dtype=dtype, add_watermarker=False, **options)
     pipe.set_progress_bar_config(disable=True)
-    if pipe.default_sample_size > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()   # see `benchmarks/memory.md`
+    # see `benchmarks/memory.md`
+    if pipe.default_sample_size > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
     return pipe.to(device)
 
 def default_rows(pipe) -> int | None:
@@ -75,10 +80,12 @@ class Worker:
     def __init__(self, plan: Plan):
         self.plan = plan
         if torch.device(plan.device).type == "cpu": torch.set_num_threads(plan.threads)
-        for s in plan.scorers: getattr(s, "loaded", None)          # a missing encoder is found out before anything is drawn
+        # a missing encoder is found out before anything is drawn
+        for s in plan.scorers: getattr(s, "loaded", None)
 
     @cached_property
-    def pipe(self): return load_pipeline(self.plan.base, self.plan.device, self.plan.dtype, **self.plan.loading)
+    def pipe(self):
+        return load_pipeline(self.plan.base, self.plan.device, self.plan.dtype, **self.plan.loading)
 
     def __call__(self, job: Job) -> dict:
         "A job's result: `rows`, `pictures` (path → bytes), `sampling` and `scoring` seconds."
@@ -88,22 +95,31 @@ class Worker:
         images = self.draw(case, self.plan.rules[job.rule], prompts, noise)
         drawn = time.perf_counter()
         scores = score(self.plan.scorers, images, prompts, case.references)
-        rows = [dict(subject=job.subject, rule=job.rule, family=family(self.plan.rules[job.rule]), prompt=p, text=prompt.text, kind=prompt.kind,
-                     prompt_style=prompt.style, prompt_background=prompt.background, seed=s, noise=n) for (p, s), prompt, n in zip(job.cells, prompts, noise)]
-        rows = [row | {k: None if np.isnan(v[i]) else float(v[i]) for k, v in scores.items()} for i, row in enumerate(rows)]
+        rows = [dict(subject=job.subject, rule=job.rule, family=family(self.plan.rules[job.rule]), prompt=p,
+                     text=prompt.text, kind=prompt.kind,
+                     prompt_style=prompt.style, prompt_background=prompt.background, seed=s, noise=n)
+                for (p, s), prompt, n in zip(job.cells, prompts, noise)]
+        rows = [row | {k: None if np.isnan(v[i]) else float(v[i]) for k, v in scores.items()} for i,
+                row in enumerate(rows)]
         kind, keep = self.plan.images, self.plan.images is not None
-        pictures = {picture_name(job.subject, job.rule, p, s, kind): encode_picture(im, kind) for (p, s), im in zip(job.cells, images)} if keep else {}
-        return dict(job=job.index, rows=rows, pictures=pictures, sampling=drawn - started, scoring=time.perf_counter() - drawn)
+        pictures = {picture_name(job.subject, job.rule, p, s, kind): encode_picture(im, kind) for (p, s),
+                    im in zip(job.cells, images)} if keep else {}
+        return dict(job=job.index, rows=rows, pictures=pictures, sampling=drawn - started,
+                    scoring=time.perf_counter() - drawn)
 
     def draw(self, case, rule, prompts, noise) -> list:
         "The pictures of one batch, by a rule or by the renderer."
-        if isinstance(rule, str): return draw_truth(case.references.name, prompts, noise, self.pipe.vae if rule == "truth_vae" else None)
+        if isinstance(rule, str):
+            return draw_truth(case.references.name, prompts, noise,
+                              self.pipe.vae if rule == "truth_vae" else None)
         self.place(case)
         noun, token = case.references.class_noun, self.pipe.subject.token
         style = {"reference": case.style_prompt, "subject_reference": case.style_prompt}
         further = {b.prompt: style[b.prompt] for b in rule.branches if b.prompt in style} or None
-        return self.pipe([subject_prompt(p.text, token) for p in prompts], guidance=rule, base_prompt=[base_prompt(p.text, noun) for p in prompts],
-                         prompts=further, generator=[torch.Generator().manual_seed(n) for n in noise], max_rows=self.plan.max_rows or default_rows(self.pipe), **self.plan.sampler).images
+        return self.pipe([subject_prompt(p.text, token) for p in prompts], guidance=rule,
+                         base_prompt=[base_prompt(p.text, noun) for p in prompts],
+                         prompts=further, generator=[torch.Generator().manual_seed(n) for n in noise],
+                         max_rows=self.plan.max_rows or default_rows(self.pipe), **self.plan.sampler).images
 
     def place(self, case):
         "Load the case's subject in place of another's."
@@ -113,10 +129,14 @@ class Worker:
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #c010
 @torch.no_grad()
 def draw_truth(name: str, prompts: Sequence[Prompt], noise: Sequence[int], vae=None) -> list:
-    "What the renderer draws for prompts about its subject `name`; the noise seeds pick the poses. With a VAE, its reconstructions."
+    """What the renderer draws for prompts about its subject `name`; the noise seeds pick the poses. With
+    a VAE, its reconstructions."""
     subject = SUBJECTS[check_name("TinyWorld subject", name, SUBJECTS)]
     def one(prompt, seed):
-        if prompt.style is None: raise ValueError(f"truth: the prompt {prompt.text!r} has no TinyWorld style, so there is no true picture of it")
+        if prompt.style is None:
+            raise ValueError(
+                f"truth: the prompt {prompt.text!r} has no TinyWorld style, so there is no true picture of "
+                f"it")
         rng = np.random.default_rng(seed)
         background = prompt.background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
         return render(subject, prompt.style, background, random_pose(rng), seed=int(rng.integers(1 << 31)))
@@ -129,7 +149,8 @@ def draw_truth(name: str, prompts: Sequence[Prompt], noise: Sequence[int], vae=N
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #c012
 def share(jobs: Sequence[Job], process: int, processes: int) -> list[Job]:
-    "The jobs of one of several processes: every subject's work is divided, so that all end at about the same time."
+    """The jobs of one of several processes: every subject's work is divided, so that all end at about the
+    same time."""
     return list(jobs)[process::processes]
 
 def local_results(plan: Plan, jobs: Sequence[Job]) -> Iterator[dict]:
@@ -140,14 +161,19 @@ def local_results(plan: Plan, jobs: Sequence[Job]) -> Iterator[dict]:
 def import_ray():
     "Ray, or one clear error."
     try: import ray
-    except ImportError: raise ImportError("ray: not installed; `pip install 'parallel_rescale[ray]'` gets it, and without ray= an evaluation runs in this process") from None
+    except ImportError:
+        raise ImportError("ray: not installed; `pip install 'parallel_rescale[ray]'` gets it, and without "
+                          "ray= an evaluation runs in this process") from None
     return ray
 
 def room_for(resources, cpus, gpus) -> int:
     "How many workers fit a Ray cluster; ValueError for none."
-    fit = int(min(resources.get("CPU", 0) // max(cpus, 1e-9), resources.get("GPU", 0) // gpus if gpus else 1 << 30))
+    fit = int(min(resources.get("CPU", 0) // max(cpus, 1e-9),
+                  resources.get("GPU", 0) // gpus if gpus else 1 << 30))
     there = f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
-    if fit < 1: raise ValueError(f"ray: a worker needs {cpus} CPU and {gpus} GPU, and the cluster has no more than {there}")
+    if fit < 1:
+        raise ValueError(
+            f"ray: a worker needs {cpus} CPU and {gpus} GPU, and the cluster has no more than {there}")
     return fit
 
 def ray_results(plan: Plan, jobs: Sequence[Job],
@@ -159,7 +185,9 @@ def ray_results(plan: Plan, jobs: Sequence[Job],
     "Do the jobs on Ray's workers, in the order in which they finish; a job whose worker died is done again."
     ray = import_ray()
     own = not ray.is_initialized()
-    if own: ray.init(address=address or "local", log_to_driver=False, include_dashboard=None if address else False)
+    if own:
+        ray.init(address=address or "local", log_to_driver=False,
+                 include_dashboard=None if address else False)
     gpus = int(torch.device(plan.device).type == "cuda") if gpus is None else gpus
     fit = room_for(ray.cluster_resources(), cpus, gpus)
     remote, kept = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_RayWorker), ray.put(plan)
@@ -179,7 +207,8 @@ def ray_results(plan: Plan, jobs: Sequence[Job],
                 lost[job] = lost.get(job, 0) + 1
                 if lost[job] > retries:
                     last = str(error).strip().splitlines()[0]
-                    raise RuntimeError(f"ray: {lost[job]} workers died on job {job.index} ({job.subject}, {job.rule}); the last one: {last}") from error
+                    raise RuntimeError(f"ray: {lost[job]} workers died on job {job.index} ({job.subject}, "
+                                       f"{job.rule}); the last one: {last}") from error
                 queue.appendleft(job)
                 start(remote.remote(kept))
                 continue
@@ -193,7 +222,8 @@ class _RayWorker:
     "A `Worker` as Ray sees it."
     def __init__(self, plan): self.plan, self.worker = plan, None
     def do(self, job):
-        self.worker = self.worker or Worker(self.plan)             # not in __init__: an error there would look like a worker that died
+        # not in __init__: an error there would look like a worker that died
+        self.worker = self.worker or Worker(self.plan)
         return self.worker(job)
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #c014
@@ -208,7 +238,8 @@ def evaluate(subjects, # saved subjects: see `grid.as_cases`
              batch_size=16, # pictures drawn at a time
              max_rows=None, # rows (pictures × branches) in one UNet call, for small cards; None: all
              images=None, # "png" or "webp" keeps the pictures
-             device=None, dtype=None, threads=None, # default: CUDA where there is one; float16 for SDXL on it; torch's number, on Ray `cpus_per_worker`
+             device=None, dtype=None,
+             threads=None, # default: CUDA where there is one; float16 for SDXL on it; torch's number, on Ray `cpus_per_worker`
              ray=None, # True, or the address of a Ray cluster
              workers=None, cpus_per_worker=1, gpus_per_worker=None, # of Ray
              progress=True) -> pd.DataFrame:
@@ -218,9 +249,12 @@ def evaluate(subjects, # saved subjects: see `grid.as_cases`
     ValueError, before anything is drawn, where an argument is wrong or `output` holds another evaluation."""
     state = _processes(device)
     if ray and threads is None: threads = max(1, int(cpus_per_worker))
-    if ray and state: raise ValueError("ray: this is one of several processes of accelerate already; use one of the two")
-    plan = make_plan(subjects, prompts, rules, seeds, scorers, base=base, steps=steps, height=height, width=width, negative_prompt=negative_prompt, batch_size=batch_size,
-                     images=images, device=str(state.device) if state else device, dtype=dtype, max_rows=max_rows, threads=threads)
+    if ray and state:
+        raise ValueError("ray: this is one of several processes of accelerate already; use one of the two")
+    plan = make_plan(subjects, prompts, rules, seeds, scorers, base=base, steps=steps, height=height,
+                     width=width, negative_prompt=negative_prompt, batch_size=batch_size,
+                     images=images, device=str(state.device) if state else device, dtype=dtype,
+                     max_rows=max_rows, threads=threads)
     manifest, first = plan.manifest(), state is None or state.is_main_process
     if first: open_results(output, manifest)
     if state: state.wait_for_everyone()
@@ -229,11 +263,14 @@ def evaluate(subjects, # saved subjects: see `grid.as_cases`
     if state: state.wait_for_everyone()           # all have seen the same state, and nobody has begun
     todo = [job for job in jobs if job.index not in done]
     mine = share(todo, state.process_index, state.num_processes) if state else todo
-    if ray: results = ray_results(plan, mine, None if ray is True else ray, workers, cpus_per_worker, gpus_per_worker)
+    if ray:
+        results = ray_results(plan, mine, None if ray is True else ray, workers, cpus_per_worker,
+                              gpus_per_worker)
     else: results = local_results(plan, mine)
     before = sum(len(job.cells) for job in jobs if job.index in done)
     total = before + sum(len(job.cells) for job in mine)
-    with tqdm(total=total, initial=before, unit="picture", desc="evaluate", disable=not (progress and first), smoothing=.05) as bar:
+    with tqdm(total=total, initial=before, unit="picture", desc="evaluate",
+              disable=not (progress and first), smoothing=.05) as bar:
         for result in results if mine else ():
             save_result(folder, result)
             bar.update(len(result["rows"]))
@@ -246,18 +283,22 @@ def _processes(device=None):
     "accelerate's state where this is one of several processes, else None."
     if int(os.environ.get("WORLD_SIZE", 1)) < 2: return None
     from accelerate import PartialState
-    if device is None and not torch.cuda.is_available(): device = "cpu"      # without this word accelerate takes processes without GPUs for one each
-    return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))     # a process that is done first waits for the others
+    # without this word accelerate takes processes without GPUs for one each
+    if device is None and not torch.cuda.is_available(): device = "cpu"
+    # a process that is done first waits for the others
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #c023
 @torch.no_grad()
 def unet_throughput(pipe, branches: int, batch_size: int = 16, steps: int = 30, repeats: int = 3) -> float:
-    "Pictures a second of the bare UNet: calls with `branches` rows for each picture, `steps` of them; the best of a few."
+    """Pictures a second of the bare UNet: calls with `branches` rows for each picture, `steps` of them;
+    the best of a few."""
     unet, side, rows = pipe.unet, pipe.unet.config.sample_size, branches * batch_size
     pixels = side * pipe.vae_scale_factor
     like = dict(device=unet.device, dtype=unet.dtype)
     hidden, pooled = pipe.encode_prompt("", device=unet.device, do_classifier_free_guidance=False)[::2]
-    added = dict(text_embeds=pooled.repeat(rows, 1), time_ids=torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], **like).repeat(rows, 1))
+    added = dict(text_embeds=pooled.repeat(rows, 1),
+                 time_ids=torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], **like).repeat(rows, 1))
     x, hidden = torch.randn(rows, unet.config.in_channels, side, side, **like), hidden.repeat(rows, 1, 1)
     def once():
         started = time.perf_counter()

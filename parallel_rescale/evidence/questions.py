@@ -36,7 +36,8 @@ def tinyworld_prompts(cells=None, # (style, background) pairs; None: every style
                      ) -> list[Prompt]:
     "TinyWorld's own prompts, with the labels that its scorers need."
     cells = [(s, b) for s in STYLES for b in BACKGROUNDS] if cells is None else cells
-    return [Prompt(caption("{subject}", s, b), "photo" if s == "photo" else "stylised", s, b) for s, b in cells]
+    return [Prompt(caption("{subject}", s, b), "photo" if s == "photo" else "stylised", s, b) for s,
+            b in cells]
 
 def _twenty():
     "Six photo prompts and two of every other style; backgrounds in turn, each two or three times."
@@ -44,19 +45,25 @@ def _twenty():
     return [(s, BACKGROUNDS[(3 * i + i // 8) % len(BACKGROUNDS)]) for i, s in enumerate(styles)]
 
 # five photos and five styles, never in front of a brick wall or on a plain ground: for references that share such a place
-PLACES = (("photo", "beach"), ("photo", "snow"), ("photo", "city"), ("photo", "underwater"), ("photo", "night"),
-          ("watercolor", "beach"), ("sketch", "city"), ("crayon", "underwater"), ("neon", "night"), ("pixel", "grass"))
+PLACES = (("photo", "beach"), ("photo", "snow"), ("photo", "city"), ("photo", "underwater"),
+          ("photo", "night"),
+          ("watercolor", "beach"), ("sketch", "city"), ("crayon", "underwater"), ("neon", "night"),
+          ("pixel", "grass"))
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #c007
 def prompt_set(name # one of `PROMPT_SETS`, a .txt or .json file, or a list of texts and `Prompt`s
               ) -> list[Prompt]:
     "The prompts of a set. ValueError where there is no such set or file, or a prompt is broken."
-    if not isinstance(name, (str, Path)): return [p if isinstance(p, Prompt) else Prompt(**p) if isinstance(p, Mapping) else Prompt(p) for p in name]
+    if not isinstance(name, (str, Path)):
+        return [p if isinstance(p, Prompt) else Prompt(**p) if isinstance(p, Mapping) else Prompt(p)
+                for p in name]
     path = Path(name).expanduser()
     if path.suffix in (".txt", ".json"):
         if not path.is_file(): raise ValueError(f"prompts: there is no file {path}")
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt": return prompt_set([line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")])
+        if path.suffix == ".txt":
+            return prompt_set([line.strip() for line in text.splitlines() if line.strip()
+                               and not line.startswith("#")])
         try: return prompt_set(json.loads(text))
         except (ValueError, TypeError) as error: raise ValueError(f"prompts: {path}: {error}") from None
     check_name("prompt set", name, PROMPT_SETS)
@@ -64,7 +71,8 @@ def prompt_set(name # one of `PROMPT_SETS`, a .txt or .json file, or a list of t
     if name == "tinyworld20": return tinyworld_prompts(_twenty())
     if name == "places": return tinyworld_prompts(PLACES)
     data = prompt_data()
-    return [Prompt(*p) for p in (data["stylised"]["prompts"] if name == "stylised" else data["dreambench"][name.removeprefix("dreambench_")])]
+    return [Prompt(*p) for p in (data["stylised"]["prompts"] if name == "stylised"
+                                 else data["dreambench"][name.removeprefix("dreambench_")])]
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #c010
 @dataclass(frozen=True, eq=False)
@@ -72,7 +80,8 @@ class Case:
     "A subject under test."
     folder: str                      # of the saved subject
     references: References           # its name, class noun, and own pictures
-    style_prompt: str                # what the references' captions share, for rules with the prompt "reference"
+    # what the references' captions share, for rules with the prompt "reference"
+    style_prompt: str
 
 def case(folder, # of a saved subject
          references=None, # its pictures: a folder, a list, or the name of one of TinyWorld's subjects; None: none
@@ -80,28 +89,37 @@ def case(folder, # of a saved subject
         ) -> Case:
     "A `Case`, after a look at the saved subject and the pictures."
     subject, tiny = Subject.load(folder), isinstance(references, str) and references in SUBJECTS
-    own = [] if references is None else as_references(reference_set(references, "{subject}") if tiny else references, subject.class_noun)
+    own = [] if references is None else as_references(reference_set(references, "{subject}") if tiny
+        else references, subject.class_noun)
     name = name or (references if tiny else Path(subject.folder).resolve().name)
-    return Case(subject.folder, References(name, subject.class_noun, tuple(r.image for r in own)), reference_prompt([r.caption for r in own]))
+    return Case(subject.folder, References(name, subject.class_noun, tuple(r.image for r in own)),
+                reference_prompt([r.caption for r in own]))
 
 def as_cases(subjects) -> list[Case]:
-    "Cases from a mapping name → folder or (folder, references), or from a list of cases, folders, or such pairs. Names must differ."
+    """Cases from a mapping name → folder or (folder, references), or from a list of cases, folders, or
+    such pairs. Names must differ."""
     def one(item, name=None):
-        if isinstance(item, Case): return item if name is None else replace(item, references=References(name, item.references.class_noun, item.references.images))
+        if isinstance(item, Case):
+            return item if name is None else replace(item,
+                references=References(name, item.references.class_noun, item.references.images))
         folder, references = item if isinstance(item, (tuple, list)) else (item, None)
         return case(folder, references, name)
     if isinstance(subjects, (str, Path, Case)): subjects = [subjects]
-    cases = [one(item, name) for name, item in subjects.items()] if isinstance(subjects, Mapping) else [one(item) for item in subjects]
+    cases = [one(item, name) for name, item in subjects.items()] if isinstance(subjects,
+        Mapping) else [one(item) for item in subjects]
     names = [c.references.name for c in cases]
     if not cases: raise ValueError("subjects: got none, expected at least one saved subject")
-    if len(set(names)) < len(names): raise ValueError(f"subjects: the names {sorted(n for n in set(names) if names.count(n) > 1)} occur twice; give a mapping name → folder")
+    if len(set(names)) < len(names):
+        raise ValueError(f"subjects: the names {sorted(n for n in set(names) if names.count(n) > 1)} occur "
+                         f"twice; give a mapping name → folder")
     return cases
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #c014
 TRUTHS = {"truth": "true renders", "truth_vae": "true renders, through the VAE"}
 
 def named_rules(rules) -> dict:
-    "Label → rule (or the name of a truth), from a mapping, or from a list of rules and texts. Labels must differ."
+    """Label → rule (or the name of a truth), from a mapping, or from a list of rules and texts. Labels
+    must differ."""
     if isinstance(rules, (str, Guidance)): rules = [rules]
     def one(r):
         if isinstance(r, Guidance) or r in TRUTHS: return r
@@ -111,8 +129,10 @@ def named_rules(rules) -> dict:
     else:
         found = [one(r) for r in rules]
         labels = [TRUTHS[r] if isinstance(r, str) else label(r) for r in found]
-        labels = [repr(r) if labels.count(n) > 1 else n for n, r in zip(labels, found)]      # where the short name does not tell them apart
-        if len(set(labels)) < len(labels): raise ValueError(f"rules: {next(n for n in labels if labels.count(n) > 1)} is given twice")
+        # where the short name does not tell them apart
+        labels = [repr(r) if labels.count(n) > 1 else n for n, r in zip(labels, found)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"rules: {next(n for n in labels if labels.count(n) > 1)} is given twice")
         made = dict(zip(labels, found))
     if not made: raise ValueError("rules: got none, expected at least one rule")
     return made

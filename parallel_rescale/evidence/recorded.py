@@ -29,14 +29,16 @@ def recorded(name: str, # of an experiment in benchmarks/evidence.py
     path = RECORDED / f"{check_name('experiment', name, sorted(p.stem for p in RECORDED.glob('*.csv')))}.csv"
     table = pd.read_csv(path)
     for column, value in dict(kind=kind, trained=trained, regime=regime).items():
-        if value is not None: table = table[table[column] == check_name(column, value, list(table[column].unique()))]
+        if value is not None:
+            table = table[table[column] == check_name(column, value, list(table[column].unique()))]
     return table.reset_index(drop=True)
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c008
 CELLS = [(trained, regime) for regime in ("same place", "varied") for trained in ("dco", "dreambooth 400")]
 NAMED = {"dco": "DCO", "dreambooth 400": "DreamBooth, 400 steps"}
 
-SCORES = dict(background="the place that was asked for →", alignment="the prompt: place and style →", identity="this very subject →")
+SCORES = dict(background="the place that was asked for →", alignment="the prompt: place and style →",
+              identity="this very subject →")
 
 def panels(families, kind, x, y, xlims, ylim, title, marked=()):
     """One trade-off plot for each way of training and set of references, a row for each set with a range `xlims` of its own.
@@ -47,8 +49,10 @@ def panels(families, kind, x, y, xlims, ylim, title, marked=()):
         table = recorded("regimes", kind, trained, regime)
         table = table[table.family.isin(["truth", *families])]
         plot_tradeoff(table, x, y, ax=ax, title=f"references: {regime}; {NAMED[trained]}")
-        for row in table[table.family.isin(marked)].groupby("rule", sort=False)[[x, y]].mean().reset_index().itertuples():
-            ax.annotate(row.rule.split("/")[1], (row[2], row[3]), xytext=(4, -11), textcoords="offset points", fontsize=9, color="0.3")
+        for row in table[table.family.isin(marked)].groupby("rule",
+                sort=False)[[x, y]].mean().reset_index().itertuples():
+            ax.annotate(row.rule.split("/")[1], (row[2], row[3]), xytext=(4, -11),
+                        textcoords="offset points", fontsize=9, color="0.3")
         ax.set(xlim=xlims[ax in axes[1]], ylim=ylim, xlabel=SCORES.get(x, x), ylabel=SCORES.get(y, y))
         ax.get_legend().set_visible(ax is axes.flat[0])
     figure.suptitle(title)
@@ -56,15 +60,18 @@ def panels(families, kind, x, y, xlims, ylim, title, marked=()):
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c013
 def paired(table: pd.DataFrame, rule: str, against: str, metric: str) -> dict:
-    "Mean over subjects of rule − against on the same noise, with its 95 % interval: difference, low, high, subjects."
+    """Mean over subjects of rule − against on the same noise, with its 95 % interval: difference, low,
+    high, subjects."""
     gaps = paired_differences(table, metric, rule, against).difference
     return dict(zip(("difference", "low", "high"), mean_interval(gaps)), subjects=len(gaps))
 
 def says(found: dict, digits: int = 3) -> str:
-    "A difference with its interval as a text: '+0.018 [+0.005, +0.036]', bold where at least eight subjects leave out 0."
+    """A difference with its interval as a text: '+0.018 [+0.005, +0.036]', bold where at least eight
+    subjects leave out 0."""
     numbers = [f"{found[k]:+.{digits}f}" for k in ("difference", "low", "high")]
     clear = bool(found["subjects"] >= 8 and (found["low"] > 0 or found["high"] < 0))
-    return "–" if pd.isna(found["difference"]) else f"{'**' * clear}{numbers[0]}{'**' * clear} [{numbers[1]}, {numbers[2]}]"
+    return "–" if pd.isna(
+        found["difference"]) else f"{'**' * clear}{numbers[0]}{'**' * clear} [{numbers[1]}, {numbers[2]}]"
 
 def mean_of(rule, column, kind=None, trained="dco", regime="same place", experiment="regimes"):
     "One score's mean over subjects, as a text."
@@ -72,8 +79,10 @@ def mean_of(rule, column, kind=None, trained="dco", regime="same place", experim
     return f"{table[table.rule == rule].groupby('subject')[column].mean().mean():.3f}"
 
 def curves(table: pd.DataFrame, family: str, against: str, least: float = .8) -> dict:
-    "How far one family's curve lies above another's: `alignment` at the same identity, `identity` at the same alignment, `oracle` at the same identity."
-    at = dict(alignment=("identity", "alignment"), identity=("alignment", "identity"), oracle=("identity", "oracle"))
+    """How far one family's curve lies above another's: `alignment` at the same identity, `identity` at
+    the same alignment, `oracle` at the same identity."""
+    at = dict(alignment=("identity", "alignment"), identity=("alignment", "identity"),
+              oracle=("identity", "oracle"))
     return {name: matched(table, family, against, x, y, least) for name, (x, y) in at.items()}
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017
@@ -84,7 +93,10 @@ def curve_table(families, against, **options):
         table = pd.concat([recorded(name, None, trained, regime) for name in ("regimes", "parts")])
         for family in families:
             found = curves(table, family, against, **options)
-            rows.append({"references": regime, "training": NAMED[trained], "curve": family_title(family), "alignment at the same identity": says(found["alignment"]),
-                         "identity at the same alignment": says(found["identity"]), "oracle at the same identity": says(found["oracle"]),
-                         "compared at identities": "–" if pd.isna(found["alignment"]["from_x"]) else f"{found['alignment']['from_x']:.3f} to {found['alignment']['to_x']:.3f}"})
+            rows.append({"references": regime, "training": NAMED[trained], "curve": family_title(family),
+                         "alignment at the same identity": says(found["alignment"]),
+                         "identity at the same alignment": says(found["identity"]),
+                         "oracle at the same identity": says(found["oracle"]),
+                         "compared at identities": "–" if pd.isna(found["alignment"]["from_x"])
+                         else f"{found['alignment']['from_x']:.3f} to {found['alignment']['to_x']:.3f}"})
     return markdown_table(rows)

@@ -22,25 +22,31 @@ from ..tools.util import check_name, write_atomically
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c032
 def subject_means(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
-    "The scores' means in a row for each subject, rule and kind of prompt, with the number of `pictures`; the functions of this chapter take one kind of it like the table itself."
+    """The scores' means in a row for each subject, rule and kind of prompt, with the number of
+    `pictures`; the functions of this chapter take one kind of it like the table itself."""
     groups = table.groupby(["subject", "rule", "family", "kind"], sort=False)
-    return pd.concat([groups[metrics_of(table)].mean().round(digits), groups.size().rename("pictures")], axis=1).reset_index()
+    return pd.concat([groups[metrics_of(table)].mean().round(digits), groups.size().rename("pictures")],
+                     axis=1).reset_index()
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c034
 def worst(table: pd.DataFrame, metric: str, n: int = 8, rule: str | None = None) -> pd.DataFrame:
     "The n pictures with the worst score, of one rule or of all."
     _scored(table, metric)
     part = table if rule is None else table[table.rule == check_name("rule", rule, list(table.rule.unique()))]
-    return part.dropna(subset=[metric]).sort_values(metric, ascending=directed(metric) > 0, kind="stable").head(n)
+    return part.dropna(subset=[metric]).sort_values(metric, ascending=directed(metric) > 0,
+                                                    kind="stable").head(n)
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c037
-def _cell(mean, low, high, digits=3): return "–" if np.isnan(mean) else f"{mean:.{digits}f}" if np.isnan(low) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _cell(mean, low, high, digits=3):
+    return "–" if np.isnan(mean) else f"{mean:.{digits}f}" if np.isnan(
+        low) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 def markdown_table(rows: Sequence[Mapping]) -> str:
     "Rows of texts as a Markdown table; the keys of the first are the heads."
     heads = list(rows[0])
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-    return "\n".join([line(heads), line("---" for _ in heads), *(line(row[h] for h in heads) for row in rows)])
+    return "\n".join([line(heads), line("---" for _ in heads),
+                      *(line(row[h] for h in heads) for row in rows)])
 
 def summary_table(table: pd.DataFrame, metrics=None) -> str:
     "`summarize` as a Markdown table, a row for each rule."
@@ -53,14 +59,16 @@ def summary_table(table: pd.DataFrame, metrics=None) -> str:
 def _signed(difference, low, high, clear, digits=3) -> str:
     "A difference with its interval, bold where it is clear."
     mark = "**" if clear else ""
-    return "–" if np.isnan(difference) else f"{mark}{difference:+.{digits}f}{mark} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return "–" if np.isnan(
+        difference) else f"{mark}{difference:+.{digits}f}{mark} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 def difference_table(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], # (rule, against)
                      metrics=None) -> str:
     "Paired differences of several pairs of rules as a Markdown table."
     def row(rule, against):
         found = compare(table, against, metrics, [rule])
-        return {"rule": rule, "minus": against} | {r.metric: _signed(r.difference, r.low, r.high, r.clear) for r in found.itertuples()} | {
+        return {"rule": rule, "minus": against} | {r.metric: _signed(r.difference, r.low, r.high, r.clear)
+                                                   for r in found.itertuples()} | {
             "subjects": found.subjects.max(), "pairs": found.pairs.max()}
     return markdown_table([row(*pair) for pair in pairs])
 
@@ -70,22 +78,29 @@ def matched_table(table: pd.DataFrame, families: Mapping[str, str], # family →
     def row(family, name):
         found = {m: matched(table, family, against, x, m, least) for m in metrics}
         first = found[metrics[0]]
-        return {"curve": name} | {f"{m} at the same {x}": _signed(f["difference"], f["low"], f["high"], _clear(f["low"], f["high"], f["subjects"])) for m, f in found.items()} | {
-            x: "–" if np.isnan(first["difference"]) else f"{first['from_x']:.2f} to {first['to_x']:.2f}", "subjects": first["subjects"]}
+        return {"curve": name} | {f"{m} at the same {x}": _signed(f["difference"], f["low"], f["high"],
+            _clear(f["low"], f["high"], f["subjects"])) for m, f in found.items()} | {
+            x: "–" if np.isnan(first["difference"]) else f"{first['from_x']:.2f} to {first['to_x']:.2f}",
+            "subjects": first["subjects"]}
     return markdown_table([row(*item) for item in families.items()])
 
 def comparison_table(table: pd.DataFrame, against: str, metrics=None) -> str:
     "`compare` as a Markdown table; differences whose interval leaves out 0 are bold."
-    def text(r): return f"**{_cell(r.difference, r.low, r.high)}**" if r.clear else _cell(r.difference, r.low, r.high)
-    def row(rule, part): return {"rule": rule} | {r.metric: text(r) for r in part.itertuples()} | {"subjects": part.subjects.max(), "pairs": part.pairs.max()}
-    return markdown_table([row(rule, part) for rule, part in compare(table, against, metrics).groupby("rule", sort=False)])
+    def text(r):
+        return f"**{_cell(r.difference, r.low, r.high)}**" if r.clear else _cell(r.difference, r.low, r.high)
+    def row(rule, part):
+        return {"rule": rule} | {r.metric: text(r) for r in part.itertuples()} | {
+            "subjects": part.subjects.max(), "pairs": part.pairs.max()}
+    return markdown_table([row(rule, part) for rule, part in compare(table, against,
+        metrics).groupby("rule", sort=False)])
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c039
 TEXT_AXES = ("alignment", "style", "clip_text", "siglip_text")
 IDENTITY_AXES = ("identity", "dino", "identity_photo", "clip_image", "siglip_image")
 
 def axes_of(table: pd.DataFrame) -> tuple[str, str] | None:
-    "The scores that stand for text and identity: TinyWorld's where they are there, else the encoders'; None where one is missing."
+    """The scores that stand for text and identity: TinyWorld's where they are there, else the encoders';
+    None where one is missing."""
     def first(names): return next((m for m in names if m in table and table[m].notna().any()), None)
     x, y = first(TEXT_AXES), first(IDENTITY_AXES)
     return (x, y) if x and y else None
@@ -96,10 +111,13 @@ def _scores(table, against):
     for kind, part in by_kind(table).items():
         title = f" under {kind} prompts" if kind else ""
         yield from (f"## Scores{title}", summary_table(part))
-        if part.rule.nunique() > 1: yield from (f"## Difference from {against}{title}", "Bold where the interval leaves out 0.", comparison_table(part, against))
+        if part.rule.nunique() > 1:
+            yield from (f"## Difference from {against}{title}", "Bold where the interval leaves out 0.",
+                        comparison_table(part, against))
 
 def by_kind(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    "The table's parts by kind of prompt, the stylised first: they are the question of this book. One unnamed part where the prompts have one kind."
+    """The table's parts by kind of prompt, the stylised first: they are the question of this book. One
+    unnamed part where the prompts have one kind."""
     kinds = [k for k in table.kind.unique() if k]
     if table.kind.nunique() < 2: return {"": table}
     return {k: table[table.kind == k] for k in sorted(kinds, key=lambda k: k != "stylised")}
@@ -112,22 +130,29 @@ def _tradeoff(table, axes, folder):
     figure.savefig(folder / "tradeoff.png", dpi=110)
     plt.close(figure)
     yield from ("## Trade-off", "![Text against identity](tradeoff.png)",
-                f"Area under each family's front, from (0, 0), in {axes[0]} and {axes[1]}; more settings have more chances.")
-    yield markdown_table([dict(family=r.family, settings=r.settings, hypervolume=_cell(r.hypervolume, r.low, r.high), against=r.against, subjects=r.subjects,
-                               difference=_cell(r.difference, r.difference_low, r.difference_high)) for r in hypervolumes(table, *axes).itertuples()])
+                f"Area under each family's front, from (0, 0), in {axes[0]} and {axes[1]}; more settings "
+                f"have more chances.")
+    yield markdown_table([dict(family=r.family, settings=r.settings,
+                               hypervolume=_cell(r.hypervolume, r.low, r.high), against=r.against,
+                               subjects=r.subjects,
+                               difference=_cell(r.difference, r.difference_low, r.difference_high))
+                          for r in hypervolumes(table, *axes).itertuples()])
 
 def _worst(table, axes):
     "Sections: the pictures with the worst scores, of rules only."
     for m in axes or ():
         cells = worst(table[~table.family.isin(TRUTHS)], m, 6).itertuples()
-        rows = [{"subject": r.subject, "rule": r.rule, "prompt": r.text, "seed": r.seed, m: f"{getattr(r, m):.3f}"} for r in cells]
+        rows = [{"subject": r.subject, "rule": r.rule, "prompt": r.text, "seed": r.seed,
+                 m: f"{getattr(r, m):.3f}"} for r in cells]
         if rows: yield from (f"## Worst {known_metrics().get(m, (m,))[0]}", markdown_table(rows))
 
 def _made(manifest, folder):
     "Section: how it was made."
     speed, names = throughput(folder), ("base", "batch_size", "device", "dtype")
-    made = {k: manifest[k] for k in names if k in manifest} | manifest["sampler"] | dict(scorers=", ".join(manifest["scorers"])) | manifest["versions"]
-    made |= {"speed": f"{speed['per_second']:.2f} pictures/s a worker, {speed['scoring_share']:.0%} of the time scoring"}
+    made = {k: manifest[k] for k in names if k in manifest} | manifest["sampler"] | dict(
+        scorers=", ".join(manifest["scorers"])) | manifest["versions"]
+    made |= {"speed": f"{speed['per_second']:.2f} pictures/s a worker, {speed['scoring_share']:.0%} of the "
+                      f"time scoring"}
     yield from ("## How it was made", markdown_table([{"": k, " ": f"`{v}`"} for k, v in made.items()]))
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c043
@@ -137,7 +162,8 @@ def _few_cells(table, n=6):
     return cells.iloc[::max(1, len(cells) // n)].head(n)
 
 def pictures_grid(folder, table: pd.DataFrame, kind: str):
-    "A grid of kept pictures, a row for each of a few cells, a column for each rule; None where no picture is there."
+    """A grid of kept pictures, a row for each of a few cells, a column for each rule; None where no
+    picture is there."""
     from PIL import Image
     cells, rules = list(_few_cells(table).itertuples()), list(table.rule.unique())
     def picture(cell, rule):
@@ -146,8 +172,11 @@ def pictures_grid(folder, table: pd.DataFrame, kind: str):
     grid = [[picture(cell, rule) for rule in rules] for cell in cells]
     sides = [im.width for row in grid for im in row if im]
     if not sides: return None
-    if max(sides) > 256: grid, sides = [[im and im.resize((256, 256)) for im in row] for row in grid], [256]      # a page, not a poster
-    return image_grid(grid, [f"{c.subject}: {c.text}" for c in cells], rules, title="A few cells of the grid, every rule from the same noise", scale=max(1, 96 // max(sides)))
+    # a page, not a poster
+    if max(sides) > 256: grid, sides = [[im and im.resize((256, 256)) for im in row] for row in grid], [256]
+    return image_grid(grid, [f"{c.subject}: {c.text}" for c in cells], rules,
+                      title="A few cells of the grid, every rule from the same noise",
+                      scale=max(1, 96 // max(sides)))
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c044
 def report(folder, # a results folder
@@ -156,11 +185,15 @@ def report(folder, # a results folder
     "Write `report.md` and its figures beside the scores; the path of the report."
     folder, table, manifest = Path(folder), load_scores(folder), read_manifest(folder)
     rules = table.drop_duplicates("rule").set_index("rule").family
-    against = check_name("rule", against, list(rules.index)) if against else next((r for r in rules.index if rules[r] not in TRUTHS), rules.index[0])
+    against = check_name("rule", against, list(rules.index)) if against else next((r for r in rules.index
+        if rules[r] not in TRUTHS), rules.index[0])
     main = next(iter(by_kind(table).values()))
-    asked = len(manifest["subjects"]) * len(manifest["prompts"]) * len(manifest["seeds"]) * len(manifest["rules"])
-    lines = ["# Evaluation", f"{table.subject.nunique()} subjects × {table.text.nunique()} prompts × {table.seed.nunique()} seeds × {table.rule.nunique()} rules: "
-             f"{len(table)} pictures of {asked}. Intervals are 95 % bootstrap intervals over subjects; rules are compared on the same subject, prompt and noise.",
+    asked = len(manifest["subjects"]) * len(manifest["prompts"]) * len(manifest["seeds"]) * len(
+        manifest["rules"])
+    lines = ["# Evaluation", f"{table.subject.nunique()} subjects × {table.text.nunique()} prompts × "
+                             f"{table.seed.nunique()} seeds × {table.rule.nunique()} rules: "
+             f"{len(table)} pictures of {asked}. Intervals are 95 % bootstrap intervals over subjects; "
+             f"rules are compared on the same subject, prompt and noise.",
              *_scores(table, against), *_tradeoff(main, axes_of(main), folder), *_worst(table, axes_of(main))]
     grid = pictures_grid(folder, table, manifest["images"]) if manifest["images"] else None
     if grid:

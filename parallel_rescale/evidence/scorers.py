@@ -30,7 +30,8 @@ class Prompt:
     background: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.text, str) or self.text.count("{subject}") < 1: raise ValueError(f"Prompt: text must hold {{subject}}, got {self.text!r}")
+        if not isinstance(self.text, str) or self.text.count("{subject}") < 1:
+            raise ValueError(f"Prompt: text must hold {{subject}}, got {self.text!r}")
         if self.style is not None: check_name("style", self.style, STYLES)
         if self.background is not None: check_name("background", self.background, BACKGROUNDS)
 
@@ -49,20 +50,24 @@ def score(scorers, # one scorer or several
          ) -> dict[str, np.ndarray]:
     "What all scorers say: name → float array [N]. ValueError where one breaks the protocol."
     scorers = [scorers] if callable(scorers) else list(scorers)
-    images = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
+    images = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+              for image in images]
     prompts = [prompts] * len(images) if isinstance(prompts, Prompt) else list(prompts)
     if len(prompts) != len(images): raise ValueError(f"prompts: got {len(prompts)} for {len(images)} images")
     found = {}
     for scorer in scorers:
         for name, values in scorer(images, prompts, references).items():
             values = np.asarray(values, float)
-            if values.shape != (len(images),): raise ValueError(f"{scorer!r} returned {name!r} with shape {values.shape} for {len(images)} images; expected ({len(images)},)")
+            if values.shape != (len(images),):
+                raise ValueError(f"{scorer!r} returned {name!r} with shape {values.shape} for "
+                                 f"{len(images)} images; expected ({len(images)},)")
             if name in found: raise ValueError(f"two scorers return {name!r}")
             found[name] = values
     return found
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #s002
-SCORERS, METRICS = {}, {}       # name → class; score → (what figures call it, 1 where more is better, else −1)
+# name → class; score → (what figures call it, 1 where more is better, else −1)
+SCORERS, METRICS = {}, {}
 
 class Scorer:
     "`scorer(images, prompts, references)` → name of a score → [N]. A subclass with a `name` is known by it."
@@ -82,25 +87,31 @@ def load_encoder(model, # a folder, or a name on the Hugging Face Hub
                  what: str, # for messages: which scorer asks
                  parts=("AutoModel", "AutoImageProcessor"), # classes of transformers
                  device="cpu"):
-    "A pretrained model, frozen, and its processors. ValueError that says how to get the weights where they are missing."
+    """A pretrained model, frozen, and its processors. ValueError that says how to get the weights where
+    they are missing."""
     import transformers
     def load(part):
         kwargs = dict(use_safetensors=True) if part == "AutoModel" else {}
         try: return getattr(transformers, part).from_pretrained(model, **kwargs)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ValueError(f"{what}: {str(model)!r} cannot be loaded ({str(error).strip().splitlines()[0]}). It must be a folder with safetensors weights, or a name "
-                             f"on the Hugging Face Hub that is in the local cache or within reach of the network: `hf download {model} --local-dir {what}` "
+            raise ValueError(f"{what}: {str(model)!r} cannot be loaded "
+                             f"({str(error).strip().splitlines()[0]}). It must be a folder with "
+                             f"safetensors weights, or a name "
+                             f"on the Hugging Face Hub that is in the local cache or within reach of the "
+                             f"network: `hf download {model} --local-dir {what}` "
                              f"fetches one, and {what}:./{what} names that folder") from None
     network, *processors = map(load, parts)
     return network.eval().requires_grad_(False).to(device), *processors
 
 def _vectors(output):
-    "Unit vectors [N, D] from what transformers returns: a tensor, or (from version 5 on) an output that holds it."
+    """Unit vectors [N, D] from what transformers returns: a tensor, or (from version 5 on) an output that
+    holds it."""
     return F.normalize((output if torch.is_tensor(output) else output.pooler_output).float(), dim=1).cpu()
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #c017
 class _Encoder(Scorer):
-    "What the pretrained scorers share: a model loaded on first use, pictures in batches, references encoded once."
+    """What the pretrained scorers share: a model loaded on first use, pictures in batches, references
+    encoded once."""
     parts = ("AutoModel", "AutoImageProcessor")
 
     def __init__(self, model=None, device=None, batch_size=32):
@@ -108,7 +119,8 @@ class _Encoder(Scorer):
         self._known = WeakKeyDictionary()
 
     def __repr__(self): return f"{self.name}:{self.model}"
-    def __getstate__(self): return {k: v for k, v in vars(self).items() if k in ("model", "device", "batch_size")}
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k in ("model", "device", "batch_size")}
     def __setstate__(self, state): self.__init__(**state)
 
     @cached_property
@@ -121,7 +133,8 @@ class _Encoder(Scorer):
         "Unit vectors [N, D] of pictures."
         network, processor, *_ = self.loaded
         def part(i):
-            pixels = processor(images=[im.convert("RGB") for im in images[i:i + self.batch_size]], return_tensors="pt")["pixel_values"]
+            pixels = processor(images=[im.convert("RGB") for im in images[i:i + self.batch_size]],
+                               return_tensors="pt")["pixel_values"]
             return _vectors(self.encode(network, pixels.to(network.device)))
         return torch.cat([part(i) for i in range(0, len(images), self.batch_size)])
 
@@ -141,9 +154,11 @@ class DinoScorer(_Encoder):
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #c019
 class ClipScorer(_Encoder):
-    "`clip_text`, `clip_score`: how well a picture fits the base prompt; `clip_image`: how close it is to the references."
+    """`clip_text`, `clip_score`: how well a picture fits the base prompt; `clip_image`: how close it is
+    to the references."""
     name, default = "clip", "openai/clip-vit-large-patch14"
-    metrics = {"clip_text": ("CLIP text alignment", 1), "clip_score": ("CLIPScore", 1), "clip_image": ("CLIP-I", 1)}
+    metrics = {"clip_text": ("CLIP text alignment", 1), "clip_score": ("CLIPScore", 1),
+               "clip_image": ("CLIP-I", 1)}
     parts, padding = ("AutoModel", "AutoImageProcessor", "AutoTokenizer"), True
 
     def encode(self, network, pixels): return network.get_image_features(pixel_values=pixels)
@@ -155,13 +170,16 @@ class ClipScorer(_Encoder):
         distinct = list(dict.fromkeys(texts))
         length = network.config.text_config.max_position_embeddings
         def part(i):
-            tokens = tokenizer(distinct[i:i + self.batch_size], padding=self.padding, truncation=True, max_length=length, return_tensors="pt")
-            return _vectors(network.get_text_features(**{k: v.to(network.device) for k, v in tokens.items() if k in ("input_ids", "attention_mask")}))
+            tokens = tokenizer(distinct[i:i + self.batch_size], padding=self.padding, truncation=True,
+                               max_length=length, return_tensors="pt")
+            return _vectors(network.get_text_features(**{k: v.to(network.device) for k,
+                v in tokens.items() if k in ("input_ids", "attention_mask")}))
         vectors = torch.cat([part(i) for i in range(0, len(distinct), self.batch_size)])
         return vectors[[distinct.index(text) for text in texts]]
 
     def __call__(self, images, prompts, references):
-        cosine = (self.images(images) * self.texts([base_prompt(p.text, references.class_noun) for p in prompts])).sum(1).numpy()
+        cosine = (self.images(images) * self.texts([base_prompt(p.text, references.class_noun)
+                                                    for p in prompts])).sum(1).numpy()
         found = {f"{self.name}_text": cosine, f"{self.name}_image": self.to_references(images, references)}
         return found | {"clip_score": clip_score(cosine)} if self.name == "clip" else found
 

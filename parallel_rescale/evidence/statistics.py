@@ -23,17 +23,20 @@ def resamples(n_subjects: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(n_subjects, size=(draws, n_subjects))
 
 def levels(n_subjects: int) -> tuple[float, float]:
-    "The quantiles of redrawn means that make a 95 % interval (Hesterberg 2014, arXiv 1411.5279, expanded percentile interval)."
+    """The quantiles of redrawn means that make a 95 % interval (Hesterberg 2014, arXiv 1411.5279,
+    expanded percentile interval)."""
     z, v = 1.959964, n_subjects - 1
     # Student's t from the normal quantile: Cornish and Fisher's expansion, right to 1 % from four subjects on
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2) + (3 * z**7 + 19 * z**5
+        + 17 * z**3 - 15 * z) / (384 * v**3)
     low = .5 * math.erfc(math.sqrt(n_subjects / v) * t / math.sqrt(2))
     return low, 1 - low
 
 def interval(statistic, # values [S, …] → number or array of numbers; called on redrawn subjects
              values: np.ndarray, # [S, …], a row for each subject
              draws: int = 2000, seed: int = 0):
-    "(estimate, low, high) of a statistic, 95 % bootstrap over subjects; low and high are NaN for a single subject."
+    """(estimate, low, high) of a statistic, 95 % bootstrap over subjects; low and high are NaN for a
+    single subject."""
     values = np.asarray(values, float)
     estimate = statistic(values)
     if len(values) < 2: return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
@@ -45,14 +48,17 @@ def mean_interval(values) -> tuple[float, float, float]:
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     if len(values) < 2: return float(values.mean()) if len(values) else np.nan, np.nan, np.nan
-    return float(values.mean()), *map(float, np.quantile(values[resamples(len(values))].mean(1), levels(len(values))))
+    return float(values.mean()), *map(float, np.quantile(values[resamples(len(values))].mean(1),
+        levels(len(values))))
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c014
 def metrics_of(table: pd.DataFrame) -> list[str]:
     "The columns of a table that are scores, the known ones first."
     known = [m for m in known_metrics() if m in table]
-    told = {"subject", "rule", "family", "prompt", "text", "kind", "prompt_style", "prompt_background", "seed", "noise", "pictures"}
-    return known + [c for c in table if c not in known and c not in told and pd.api.types.is_numeric_dtype(table[c])]
+    told = {"subject", "rule", "family", "prompt", "text", "kind", "prompt_style", "prompt_background",
+            "seed", "noise", "pictures"}
+    return known + [c for c in table if c not in known and c not in told
+                    and pd.api.types.is_numeric_dtype(table[c])]
 
 def _pictures(table) -> int:
     "How many pictures a table speaks of: its rows, or in a table of means the sum of its column `pictures`."
@@ -60,33 +66,41 @@ def _pictures(table) -> int:
 
 def _scored(table, metrics):
     "The table and its metrics by name; ValueError where one is not there."
-    metrics = metrics_of(table) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    metrics = metrics_of(table) if metrics is None else [metrics] if isinstance(metrics,
+        str) else list(metrics)
     return [check_name("metric", m, metrics_of(table)) for m in metrics]
 
 def summarize(table: pd.DataFrame, # of `load_scores`
               metrics=None, # names of scores; default: all
              ) -> pd.DataFrame:
-    "Mean of each score for each rule with its 95 % interval over subjects, and the numbers of subjects and pictures behind it."
+    """Mean of each score for each rule with its 95 % interval over subjects, and the numbers of subjects
+    and pictures behind it."""
     rows = []
     for rule in table.rule.unique():
         part = table[table.rule == rule]
         for m in _scored(table, metrics):
             there = part.dropna(subset=[m])
             mean, low, high = mean_interval(there.groupby("subject")[m].mean())
-            rows.append(dict(rule=rule, family=part.family.iloc[0], metric=m, mean=mean, low=low, high=high, subjects=there.subject.nunique(),
+            rows.append(dict(rule=rule, family=part.family.iloc[0], metric=m, mean=mean, low=low, high=high,
+                             subjects=there.subject.nunique(),
                              pictures=_pictures(there)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c017
 def paired_differences(table: pd.DataFrame, metric: str, rule: str, against: str) -> pd.DataFrame:
-    "For each subject the mean of rule − against over pairs of pictures with the same prompt and noise: columns subject, difference, pairs."
+    """For each subject the mean of rule − against over pairs of pictures with the same prompt and noise:
+    columns subject, difference, pairs."""
     for r in (rule, against): check_name("rule", r, list(table.rule.unique()))
-    key = ["subject", "text", "seed"] if "text" in table else ["subject", "kind"]      # a table of means has no single pictures
+    # a table of means has no single pictures
+    key = ["subject", "text", "seed"] if "text" in table else ["subject", "kind"]
     a, b = (table[table.rule == r].set_index(key)[metric] for r in (rule, against))
-    if a.index.has_duplicates: raise ValueError(f"{rule!r} occurs twice for the same {', '.join(key)}; give the part of the table that is meant (one way of training, say)")
+    if a.index.has_duplicates:
+        raise ValueError(f"{rule!r} occurs twice for the same {', '.join(key)}; give the part of the table "
+                         f"that is meant (one way of training, say)")
     pairs = table[table.rule == rule].set_index(key)["pictures"] if "pictures" in table else 1
     gaps = (a - b).dropna().to_frame("difference").assign(pairs=pairs)
-    return gaps.groupby("subject").agg(difference=("difference", "mean"), pairs=("pairs", "sum")).reset_index()
+    return gaps.groupby("subject").agg(difference=("difference", "mean"),
+                                       pairs=("pairs", "sum")).reset_index()
 
 def _clear(low, high, subjects) -> bool:
     "Whether an interval leaves out 0; of fewer than eight subjects it knows too little to say."
@@ -105,7 +119,8 @@ def compare(table: pd.DataFrame, # of `load_scores`
             gaps = paired_differences(table, m, rule, against)
             mean, low, high = mean_interval(gaps.difference)
             ahead = float((gaps.difference > 0).mean()) if len(gaps) else np.nan
-            rows.append(dict(rule=rule, metric=m, difference=mean, low=low, high=high, ahead=ahead, subjects=len(gaps), pairs=int(gaps.pairs.sum()),
+            rows.append(dict(rule=rule, metric=m, difference=mean, low=low, high=high, ahead=ahead,
+                             subjects=len(gaps), pairs=int(gaps.pairs.sum()),
                              clear=_clear(low, high, len(gaps))))
     return pd.DataFrame(rows)
 
@@ -121,12 +136,15 @@ def tradeoff_points(table: pd.DataFrame, x: str, y: str) -> tuple[pd.DataFrame, 
     means = table.groupby(["subject", "rule"])[[x, y]].mean()
     subjects = sorted(table.subject.unique())
     missing = {(s, r) for s in subjects for r in rules.rule} - set(means.index)
-    if missing: raise ValueError(f"{len(missing)} pairs of subject and rule have no pictures yet, such as {sorted(missing)[0]}; finish the evaluation, or leave them out")
+    if missing:
+        raise ValueError(f"{len(missing)} pairs of subject and rule have no pictures yet, such as "
+                         f"{sorted(missing)[0]}; finish the evaluation, or leave them out")
     return rules, np.stack([means.loc[[(s, r) for r in rules.rule]].to_numpy() for s in subjects])
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c022
 def family_color(family: str) -> str:
-    "The colour of a family of rules, or of a variant of one (\"style_contrast, per location\"); truths are grey."
+    """The colour of a family of rules, or of a variant of one (\"style_contrast, per location\"); truths
+    are grey."""
     name = family.partition(",")[0]
     return known_rules()[name].color if name in known_rules() else "0.45"
 
@@ -136,27 +154,34 @@ def family_title(family: str) -> str:
     title = known_rules()[name].title if name in known_rules() else ""
     return TRUTHS.get(family) or (title or name.replace("_", " ")) + comma + variant
 
-def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax=None, title: str | None = None):
-    "One curve a family, a point for each rule in the table's order with its 95 % intervals; variants dashed, truths as crosses. Returns the axes."
+def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax=None,
+                  title: str | None = None):
+    """One curve a family, a point for each rule in the table's order with its 95 % intervals; variants
+    dashed, truths as crosses. Returns the axes."""
     import matplotlib.pyplot as plt
     rules, points = tradeoff_points(table, x, y)
     if ax is None: _, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
     for family in rules.family.unique():
         which = np.flatnonzero(rules.family == family)
-        stats = np.array([[mean_interval(points[:, i, k]) for k in (0, 1)] for i in which])   # [points, 2, (mean, low, high)]
+        # [points, 2, (mean, low, high)]
+        stats = np.array([[mean_interval(points[:, i, k]) for k in (0, 1)] for i in which])
         mean, color = stats[..., 0], family_color(family)
         error = np.abs(np.nan_to_num(stats[..., 1:] - mean[..., None], nan=0.))
-        ax.errorbar(mean[:, 0], mean[:, 1], xerr=error[:, 0].T, yerr=error[:, 1].T, fmt="none", ecolor=color, alpha=.25, lw=1)
-        marker = dict(marker="x", ms=6, ls="") if family in TRUTHS else dict(marker="o", ms=4, ls="--" if "," in family else "-")
+        ax.errorbar(mean[:, 0], mean[:, 1], xerr=error[:, 0].T, yerr=error[:, 1].T, fmt="none",
+                    ecolor=color, alpha=.25, lw=1)
+        marker = dict(marker="x", ms=6, ls="") if family in TRUTHS else dict(marker="o", ms=4,
+            ls="--" if "," in family else "-")
         ax.plot(mean[:, 0], mean[:, 1], color=color, label=family_title(family), **marker)
-    ax.set(xlabel=known_metrics().get(x, (x,))[0], ylabel=known_metrics().get(y, (y,))[0], title=title or f"{len(points)} subjects, {_pictures(table)} pictures")
+    ax.set(xlabel=known_metrics().get(x, (x,))[0], ylabel=known_metrics().get(y, (y,))[0],
+           title=title or f"{len(points)} subjects, {_pictures(table)} pictures")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c025
 def branch(curve: np.ndarray # [points, 2], in the order of the settings
           ) -> np.ndarray:
-    "The longer part of a curve before or after its largest x, by x. (A curve that turns back there has two y for one x; the shorter part is left out.)"
+    """The longer part of a curve before or after its largest x, by x. (A curve that turns back there has
+    two y for one x; the shorter part is left out.)"""
     top = int(np.argmax(curve[:, 0]))
     part = curve[:top + 1] if top + 1 >= len(curve) - top else curve[top:]
     return part[np.argsort(part[:, 0], kind="stable")]
@@ -171,18 +196,24 @@ def curve_gap(a: np.ndarray, b: np.ndarray, # polylines [points, 2], each in the
     x = np.linspace(low, high, n)
     return float(np.mean(np.interp(x, *a.T) - np.interp(x, *b.T)))
 
-def matched(table: pd.DataFrame, family: str, against: str, x: str = "style", y: str = "identity", least: float = -np.inf) -> dict:
-    "How much more y one family's curve has than another's at matched x ≥ `least`: difference, low, high (95 % over subjects), the common range of x, n."
+def matched(table: pd.DataFrame, family: str, against: str, x: str = "style", y: str = "identity",
+            least: float = -np.inf) -> dict:
+    """How much more y one family's curve has than another's at matched x ≥ `least`: difference, low, high
+    (95 % over subjects), the common range of x, n."""
     rules, points = tradeoff_points(table, x, y)
     for f in (family, against):
         check_name("family", f, list(rules.family.unique()))
-        if (rules.family == f).sum() < 2: raise ValueError(f"matched: {f} has one setting, and a curve needs two")
+        if (rules.family == f).sum() < 2:
+            raise ValueError(f"matched: {f} has one setting, and a curve needs two")
     a, b = (points[:, np.flatnonzero(rules.family == f)] for f in (family, against))
     both = np.concatenate([a, b], 1)
-    gap, low, high = interval(lambda v: curve_gap(v[:, :a.shape[1]].mean(0), v[:, a.shape[1]:].mean(0), least), both)
+    gap, low, high = interval(lambda v: curve_gap(v[:, :a.shape[1]].mean(0), v[:, a.shape[1]:].mean(0),
+                                                  least), both)
     ends = [(c[0, 0], c[-1, 0]) for c in (branch(v.mean(0)) for v in (a, b))]
-    return dict(family=family, against=against, difference=float(gap), low=float(low), high=float(high), from_x=float(max(least, *(e[0] for e in ends))),
-                to_x=float(min(e[1] for e in ends)), subjects=len(points), pictures=_pictures(table[table.family.isin([family, against])]))
+    return dict(family=family, against=against, difference=float(gap), low=float(low), high=float(high),
+                from_x=float(max(least, *(e[0] for e in ends))),
+                to_x=float(min(e[1] for e in ends)), subjects=len(points),
+                pictures=_pictures(table[table.family.isin([family, against])]))
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c028
 def pareto(points: np.ndarray) -> np.ndarray:
@@ -203,12 +234,16 @@ def hypervolumes(table: pd.DataFrame, x: str = "style", y: str = "identity",
                 ) -> pd.DataFrame:
     "Hypervolume of each family's front with its 95 % interval, and its paired difference from one family's."
     rules, points = tradeoff_points(table, x, y)
-    signs, families = np.array([directed(x), directed(y)]), [f for f in rules.family.unique() if f not in TRUTHS]
+    signs, families = np.array([directed(x), directed(y)]), [f for f in rules.family.unique()
+        if f not in TRUTHS]
     against = check_name("family", against, families) if against else families[0]
     groups = [np.flatnonzero(rules.family == f) for f in families]
     base = families.index(against)
-    def volumes(v): return np.array([hypervolume(v[:, g].mean(0) * signs, np.array(reference) * signs) for g in groups])
+    def volumes(v):
+        return np.array([hypervolume(v[:, g].mean(0) * signs, np.array(reference) * signs) for g in groups])
     volume, low, high = interval(volumes, points)
     gap, gap_low, gap_high = interval(lambda v: (w := volumes(v)) - w[base], points)
-    return pd.DataFrame(dict(family=families, settings=[len(g) for g in groups], hypervolume=volume, low=low, high=high, difference=gap,
-                             difference_low=gap_low, difference_high=gap_high, against=against, subjects=len(points)))
+    return pd.DataFrame(dict(family=families, settings=[len(g) for g in groups], hypervolume=volume,
+                             low=low, high=high, difference=gap,
+                             difference_low=gap_low, difference_high=gap_high, against=against,
+                             subjects=len(points)))

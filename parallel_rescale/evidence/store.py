@@ -35,16 +35,20 @@ class Job:
     rule: str                        # its label
     cells: tuple                     # ((number of the prompt, seed), …)
 
-def plan(subjects: Sequence[str], rules: Sequence[str], n_prompts: int, seeds: Sequence[int], batch_size: int) -> list[Job]:
+def plan(subjects: Sequence[str], rules: Sequence[str], n_prompts: int, seeds: Sequence[int],
+         batch_size: int) -> list[Job]:
     "The grid as jobs: subject by subject, batch by batch, all rules in turn."
     cells = [(p, s) for p in range(n_prompts) for s in seeds]
     batches = [tuple(cells[i:i + batch_size]) for i in range(0, len(cells), batch_size)]
-    return [Job(i, *job) for i, job in enumerate((subject, rule, batch) for subject in subjects for batch in batches for rule in rules)]
+    return [Job(i, *job) for i, job in enumerate((subject, rule, batch) for subject in subjects
+                                                 for batch in batches for rule in rules)]
 
 # %% ../../nbs/5_evidence/04_store.ipynb #c023
 def fingerprint(*paths, images=()) -> str:
-    "A short digest of safetensors files (size, first and last megabyte), of those under folders, and of pictures; a name on the Hub has none, and gives ''."
-    files = [f for p in map(Path, paths) for f in (sorted(p.rglob("*.safetensors")) if p.is_dir() else [p]) if f.is_file()]
+    """A short digest of safetensors files (size, first and last megabyte), of those under folders, and of
+    pictures; a name on the Hub has none, and gives ''."""
+    files = [f for p in map(Path, paths) for f in (sorted(p.rglob("*.safetensors")) if p.is_dir() else [p])
+             if f.is_file()]
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
@@ -72,54 +76,79 @@ class Plan:
     images: str | None               # "png" or "webp"
     device: str
     dtype: str
-    loading: dict                    # how the base was loaded when the subjects were made: variant, revision, vae
+    # how the base was loaded when the subjects were made: variant, revision, vae
+    loading: dict
     max_rows: int | None             # rows in one UNet call
     threads: int                     # of each process, on the CPU: sums depend on how they are cut
 
-    def jobs(self): return plan(list(self.cases), list(self.rules), len(self.prompts), self.seeds, self.batch_size)
+    def jobs(self):
+        return plan(list(self.cases), list(self.rules), len(self.prompts), self.seeds, self.batch_size)
 
     def manifest(self) -> dict:
         "The plan as JSON, with nothing in it that differs between two runs of the same."
-        def of(case): return dict(token=Subject.load(case.folder).token, class_noun=case.references.class_noun, style_prompt=case.style_prompt,
+        def of(case):
+            return dict(token=Subject.load(case.folder).token, class_noun=case.references.class_noun,
+                        style_prompt=case.style_prompt,
                                   fingerprint=fingerprint(case.folder, images=case.references.images))
-        said = dict(format=1, base="tiny_sdxl" if self.base == TINY_SDXL else self.base, weights=dict(base=fingerprint(self.base), judge=fingerprint(JUDGE_FILE)),
-                    subjects={name: of(case) for name, case in self.cases.items()}, prompts=[asdict(p) for p in self.prompts],
-                    rules={n: _plain(r) for n, r in self.rules.items()}, families={n: family(r) for n, r in self.rules.items()}, seeds=self.seeds,
-                    scorers=[_plain(s) for s in self.scorers], sampler=self.sampler, batch_size=self.batch_size, images=self.images,
-                    device=torch.device(self.device).type, dtype=self.dtype, versions=installed_versions() | dict(python=platform.python_version()))
+        said = dict(format=1, base="tiny_sdxl" if self.base == TINY_SDXL else self.base,
+                    weights=dict(base=fingerprint(self.base), judge=fingerprint(JUDGE_FILE)),
+                    subjects={name: of(case) for name, case in self.cases.items()},
+                    prompts=[asdict(p) for p in self.prompts],
+                    rules={n: _plain(r) for n, r in self.rules.items()},
+                    families={n: family(r) for n, r in self.rules.items()}, seeds=self.seeds,
+                    scorers=[_plain(s) for s in self.scorers], sampler=self.sampler,
+                    batch_size=self.batch_size, images=self.images,
+                    device=torch.device(self.device).type, dtype=self.dtype,
+                    versions=installed_versions() | dict(python=platform.python_version()))
         if self.loading: said["loading"] = self.loading
         return json.loads(json.dumps(said))
 
 # %% ../../nbs/5_evidence/04_store.ipynb #c024
 def check_size(scorer: str, base: str, sampler: dict):
-    "ValueError where TinyWorld's scorers would be shown pictures of another size than TinyWorld's, before one is drawn."
+    """ValueError where TinyWorld's scorers would be shown pictures of another size than TinyWorld's,
+    before one is drawn."""
     if base == TINY_SDXL and not {"height", "width"} & sampler.keys(): return
     side = native_resolution(base)
     width, height = sampler.get("width") or side, sampler.get("height") or side
     if (width, height) != (SIZE, SIZE):
-        raise ValueError(f"scorers: {scorer!r} is TinyWorld's judge and looks at {SIZE}×{SIZE} pictures, and {base} will draw {width}×{height}; use scorers=('clip', 'dino')")
+        raise ValueError(f"scorers: {scorer!r} is TinyWorld's judge and looks at {SIZE}×{SIZE} pictures, "
+                         f"and {base} will draw {width}×{height}; use scorers=('clip', 'dino')")
 
-def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4, scorers=("judge",), *, base=None, steps=30,
-              height=None, width=None, negative_prompt=None, batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None) -> Plan:
+def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4,
+              scorers=("judge",), *, base=None, steps=30,
+              height=None, width=None, negative_prompt=None, batch_size=16, images=None, device=None,
+              dtype=None, max_rows=None, threads=None) -> Plan:
     "A `Plan` from the arguments of `evaluate.evaluate`, after a look at each."
     cases = as_cases(subjects)
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds): raise ValueError(f"seeds: expected a number of seeds ≥ 1, or different whole numbers ≥ 0, got {seeds}")
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds: expected a number of seeds ≥ 1, or different whole numbers ≥ 0, got {seeds}")
     for name, value in dict(steps=steps, batch_size=batch_size).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected a whole number ≥ 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number ≥ 1, got {value!r}")
     if images is not None: check_name("images", images, ("png", "webp"))
     subjects = [Subject.load(c.folder) for c in cases]
-    bases, loading = {s.base for s in subjects}, {} if base else dict(subjects[0].base_options, **({"vae": subjects[0].vae} if subjects[0].vae else {}))
-    if base is None and len(bases) > 1: raise ValueError(f"base: the subjects were made for different models, {sorted(bases)}; evaluate them apart, or name one")
+    bases, loading = {s.base for s in subjects}, {} if base else dict(subjects[0].base_options,
+        **({"vae": subjects[0].vae} if subjects[0].vae else {}))
+    if base is None and len(bases) > 1:
+        raise ValueError(f"base: the subjects were made for different models, {sorted(bases)}; evaluate "
+                         f"them apart, or name one")
     base, device = str(base or bases.pop()), default_device(device)
     rules, prompts = named_rules(rules), prompt_set(prompts)
-    for c in cases if any(isinstance(r, str) for r in rules.values()) else []: check_name("TinyWorld subject (for the truth)", c.references.name, SUBJECTS)
+    for c in cases if any(isinstance(r, str) for r in rules.values()) else []:
+        check_name("TinyWorld subject (for the truth)", c.references.name, SUBJECTS)
     dtype = dtype or ("float16" if str(device).startswith("cuda") and base != TINY_SDXL else "float32")
-    sampler = dict(num_inference_steps=steps) | {k: v for k, v in dict(height=height, width=width, negative_prompt=negative_prompt).items() if v is not None}
-    made = [scorer(s, device) for s in ([scorers] if isinstance(scorers, str) or callable(scorers) else scorers)]
+    sampler = dict(num_inference_steps=steps) | {k: v for k,
+                                                 v in dict(height=height, width=width,
+        negative_prompt=negative_prompt).items() if v is not None}
+    made = [scorer(s, device) for s in ([scorers] if isinstance(scorers, str) or callable(scorers)
+                                        else scorers)]
     if tiny := [s.name for s in made if isinstance(s, _TinyWorld)]: check_size(tiny[0], base, sampler)
-    return Plan({c.references.name: c for c in cases}, prompts, rules, seeds, made, base, sampler, batch_size, images, str(device),
-                check_name("dtype", dtype, ("float32", "float16", "bfloat16")), loading, checked_rows(max_rows), threads or torch.get_num_threads())
+    return Plan({c.references.name: c for c in cases}, prompts, rules, seeds, made, base, sampler,
+                batch_size, images, str(device),
+                check_name("dtype", dtype, ("float32", "float16", "bfloat16")), loading,
+                checked_rows(max_rows), threads or torch.get_num_threads())
 
 # %% ../../nbs/5_evidence/04_store.ipynb #c027
 MANIFEST, PARTS, SCORES = "manifest.json", "parts", "scores.csv"
@@ -136,23 +165,32 @@ def read_manifest(folder) -> dict:
     "The manifest of a results folder."
     path = Path(folder) / MANIFEST
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"{folder} is no results folder: it has no {MANIFEST}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no results folder: it has no {MANIFEST}") from None
     except ValueError as error: raise ValueError(f"{path} is not valid JSON ({error})") from None
 
 def open_results(folder, manifest: dict) -> Path:
     "The results folder of a manifest, made if need be; ValueError where it holds something else."
     folder = Path(folder).expanduser()
     if not (folder / MANIFEST).exists():
-        other = folder.is_file() or folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
-        if other: raise ValueError(f"output: {folder} holds something else than an evaluation; choose another folder")
+        other = folder.is_file() or folder.is_dir() and any(not p.name.startswith(".")
+            for p in folder.iterdir())
+        if other:
+            raise ValueError(
+                f"output: {folder} holds something else than an evaluation; choose another folder")
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         return folder
     old = read_manifest(folder)
-    differs = [f"{k} {_difference(old.get(k), manifest.get(k))}" for k in {**manifest, **old} if old.get(k) != manifest.get(k) and k != "versions"]
-    if differs: raise ValueError(f"output: {folder} holds another evaluation, and two are never mixed: {'; '.join(differs)}. "
+    differs = [f"{k} {_difference(old.get(k), manifest.get(k))}" for k in {**manifest, **old}
+               if old.get(k) != manifest.get(k) and k != "versions"]
+    if differs:
+        raise ValueError(
+            f"output: {folder} holds another evaluation, and two are never mixed: {'; '.join(differs)}. "
                                  "Choose another folder, or go on with the same arguments")
     if old.get("versions") != manifest.get("versions"):
-        warnings.warn(f"{folder} was begun with other versions: they {_difference(old.get('versions'), manifest.get('versions'))}; its pictures may differ a little from the new ones")
+        warnings.warn(f"{folder} was begun with other versions: they "
+                      f"{_difference(old.get('versions'), manifest.get('versions'))}; its pictures may "
+                      f"differ a little from the new ones")
     return folder
 
 def _difference(old, new) -> str:
@@ -160,7 +198,8 @@ def _difference(old, new) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         return f"differ in {', '.join(f'{k} ({old.get(k)!r} there, {new.get(k)!r} here)' for k in keys[:2])}{' and more' if len(keys) > 2 else ''}"
-    if isinstance(old, list) and isinstance(new, list) and len(old) != len(new): return f"({len(old)} there, {len(new)} here)"
+    if isinstance(old, list) and isinstance(new, list) and len(old) != len(new):
+        return f"({len(old)} there, {len(new)} here)"
     return f"({str(old)[:60]} there, {str(new)[:60]} here)"
 
 # %% ../../nbs/5_evidence/04_store.ipynb #c030
@@ -178,33 +217,43 @@ def save_result(folder, result: dict) -> None:
     folder = Path(folder)
     for name, data in result["pictures"].items(): write_atomically(folder / name, data)
     part = {k: v for k, v in result.items() if k != "pictures"}
-    write_atomically(folder / PARTS / f"{result['job']:06d}.json", json.dumps(part, ensure_ascii=False).encode())
+    write_atomically(folder / PARTS / f"{result['job']:06d}.json",
+                     json.dumps(part, ensure_ascii=False).encode())
 
 def done_jobs(folder) -> set[int]:
     "The numbers of the jobs that are done."
     return {int(path.stem) for path in (Path(folder) / PARTS).glob("[0-9]*.json")}
 
 def _parts(folder) -> list[dict]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((Path(folder) / PARTS).glob("[0-9]*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((Path(folder) / PARTS).glob("[0-9]*.json"))]
 
 def load_scores(*folders # results folders
                ) -> pd.DataFrame:
-    "The scores that results folders hold so far, a row for each picture. Several folders must not hold the same cell twice."
+    """The scores that results folders hold so far, a row for each picture. Several folders must not hold
+    the same cell twice."""
     frames = []
     for folder in folders:
         read_manifest(folder)
         frames.append(pd.DataFrame([row for part in _parts(folder) for row in part["rows"]]))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    table = table.astype({m: float for m in known_metrics() if m in table})            # a score that no picture has is all NaN
+    # a score that no picture has is all NaN
+    table = table.astype({m: float for m in known_metrics() if m in table})
     if table.empty: raise ValueError(f"{', '.join(map(str, folders))}: no picture has been scored yet")
     double = table[table.duplicated(["subject", "rule", "text", "seed"])]
-    if len(double): raise ValueError(f"{', '.join(map(str, folders))}: {len(double)} cells occur twice, such as {double.iloc[0][['subject', 'rule', 'text', 'seed']].tolist()}")
+    if len(double):
+        raise ValueError(f"{', '.join(map(str, folders))}: {len(double)} cells occur twice, such as "
+                         f"{double.iloc[0][['subject', 'rule', 'text', 'seed']].tolist()}")
     return table
 
 # %% ../../nbs/5_evidence/04_store.ipynb #c032
 def throughput(folder) -> dict:
-    "What a results folder says of its own speed: pictures, seconds of sampling and scoring (summed over workers), pictures a second, the share of scoring."
+    """What a results folder says of its own speed: pictures, seconds of sampling and scoring (summed over
+    workers), pictures a second, the share of scoring."""
     families, parts = read_manifest(folder)["families"], _parts(folder)
     parts = [p for p in parts if p["rows"] and families[p["rows"][0]["rule"]] not in TRUTHS]
-    n, sampling, scoring = sum(len(p["rows"]) for p in parts), sum(p["sampling"] for p in parts), sum(p["scoring"] for p in parts)
-    return dict(pictures=n, sampling=sampling, scoring=scoring, per_second=n / max(sampling + scoring, 1e-9), scoring_share=scoring / max(sampling + scoring, 1e-9))
+    n, sampling, scoring = sum(len(p["rows"]) for p in parts), sum(p["sampling"]
+        for p in parts), sum(p["scoring"] for p in parts)
+    return dict(pictures=n, sampling=sampling, scoring=scoring,
+                per_second=n / max(sampling + scoring, 1e-9),
+                scoring_share=scoring / max(sampling + scoring, 1e-9))

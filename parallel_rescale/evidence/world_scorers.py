@@ -30,9 +30,11 @@ class TruthBank:
 
 def true_renders(name: str, style: str, background: str, n: int, seed: int = 0) -> np.ndarray:
     "n pictures uint8 [n, 64, 64, 3] of TinyWorld's subject `name`, in poses of their own."
-    index = [list(SUBJECTS).index(check_name("TinyWorld subject", name, SUBJECTS)), STYLES.index(style), BACKGROUNDS.index(background)]
+    index = [list(SUBJECTS).index(check_name("TinyWorld subject", name, SUBJECTS)), STYLES.index(style),
+             BACKGROUNDS.index(background)]
     rng = np.random.default_rng([seed, *index])
-    return np.stack([render(SUBJECTS[name], style, background, random_pose(rng), seed=int(rng.integers(1 << 31))) for _ in range(n)])
+    return np.stack([render(SUBJECTS[name], style, background, random_pose(rng),
+                            seed=int(rng.integers(1 << 31))) for _ in range(n)])
 
 @lru_cache(maxsize=32)
 def truth_bank(name: str, n: int = 8, seed: int = 2026) -> TruthBank:
@@ -43,7 +45,8 @@ def truth_bank(name: str, n: int = 8, seed: int = 2026) -> TruthBank:
     return TruthBank(seen, appearance(pictures).reshape(grid))
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c026
-APPEARANCE = ("lightness", "contrast", "saturation", "colourfulness", "red-green", "yellow-blue", "gradient", "flat share", "edge share", "fine detail")
+APPEARANCE = ("lightness", "contrast", "saturation", "colourfulness", "red-green", "yellow-blue",
+              "gradient", "flat share", "edge share", "fine detail")
 
 def appearance(images) -> np.ndarray:
     """Statistics of colour and texture, [N, 10] float, for pictures of one size (Pillow, or uint8 [N, H, W, 3]); see `APPEARANCE`.
@@ -58,23 +61,29 @@ def appearance(images) -> np.ndarray:
     around = (light[:, :-2, 1:-1] + light[:, 2:, 1:-1] + light[:, 1:-1, :-2] + light[:, 1:-1, 2:]) / 4
     mean, std = (lambda a: a.mean((1, 2))), (lambda a: a.std((1, 2)))
     colourful = np.hypot(std(rg), std(yb)) + .3 * np.hypot(mean(rg), mean(yb))
-    return np.stack([mean(light), std(light), mean((top - low) / np.maximum(top, 1e-3)), colourful, mean(rg), mean(yb),
-                     mean(slope), mean(slope < .01), mean(slope > .15), mean(np.abs(middle - around))], 1).astype(float)
+    return np.stack([mean(light), std(light), mean((top - low) / np.maximum(top, 1e-3)), colourful,
+                     mean(rg), mean(yb),
+                     mean(slope), mean(slope < .01), mean(slope > .15), mean(np.abs(middle - around))],
+                    1).astype(float)
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c028
 def _cells(prompts):
     "(style, background) numbers of prompts, −1 where a prompt names none: int [N, 2]."
-    return np.array([[STYLES.index(p.style) if p.style else -1, BACKGROUNDS.index(p.background) if p.background else -1] for p in prompts])
+    return np.array([[STYLES.index(p.style) if p.style else -1,
+                      BACKGROUNDS.index(p.background) if p.background else -1] for p in prompts])
 
 def _of_cell(bank, style, background):
-    "The part of a bank's array [S, B, n, …] that a prompt speaks of, flattened to [m, …]; −1 takes every background."
+    """The part of a bank's array [S, B, n, …] that a prompt speaks of, flattened to [m, …]; −1 takes
+    every background."""
     part = bank[style] if background < 0 else bank[style, background:background + 1]
     return part.reshape(-1, *bank.shape[3:])
 
 def _pixels(images, who):
     "Pictures as a tensor for the judge; ValueError where they are not TinyWorld's size."
     odd = next((im.size for im in images if im.size != (SIZE, SIZE)), None)
-    if odd: raise ValueError(f"{who}: TinyWorld's judge looks at {SIZE}×{SIZE} pictures, got {odd[0]}×{odd[1]}; use clip and dino for other models")
+    if odd:
+        raise ValueError(f"{who}: TinyWorld's judge looks at {SIZE}×{SIZE} pictures, got "
+                         f"{odd[0]}×{odd[1]}; use clip and dino for other models")
     return as_tensor([im.convert("RGB") for im in images])
 
 class _TinyWorld(Scorer):
@@ -93,7 +102,8 @@ class JudgeScorer(_TinyWorld):
     """`style`, `class`, `background`: probabilities of what the prompt asks for (NaN where it asks for none); `alignment`: the mean of those of
     style and background; `identity`, `identity_photo`: cosines."""
     name = "judge"
-    metrics = {"style": ("style probability", 1), "class": ("class probability", 1), "background": ("background probability", 1),
+    metrics = {"style": ("style probability", 1), "class": ("class probability", 1),
+               "background": ("background probability", 1),
                "alignment": ("text alignment", 1), "identity": ("identity (true renders)", 1),
                "identity_photo": ("identity (references)", 1)}
     def __call__(self, images, prompts, references):
@@ -103,13 +113,17 @@ class JudgeScorer(_TinyWorld):
             p = logits.softmax(1).gather(1, index.clamp(min=0)[:, None])[:, 0]
             return torch.where(index < 0, torch.nan, p)
         cls = CLASSES.index(references.class_noun) if references.class_noun in CLASSES else -1
-        scores = {"style": probability(seen["style"], asked[:, 0]), "class": probability(seen["cls"], [cls] * len(images)),
+        scores = {"style": probability(seen["style"], asked[:, 0]),
+                  "class": probability(seen["cls"], [cls] * len(images)),
                   "background": probability(seen["background"], asked[:, 1])}
-        return scores | {"alignment": mean_there(scores["style"], scores["background"])} | self.identities(seen["identity"], asked, references)
+        return scores | {"alignment": mean_there(scores["style"],
+                                                 scores["background"])} | self.identities(seen["identity"],
+            asked, references)
 
     def identities(self, embedding, asked, references):
         "The two identity scores; `identity` is NaN for a subject that TinyWorld does not know."
-        scores = {"identity": np.full(len(embedding), np.nan), "identity_photo": np.full(len(embedding), np.nan)}
+        scores = {"identity": np.full(len(embedding), np.nan),
+                  "identity_photo": np.full(len(embedding), np.nan)}
         if references.name in SUBJECTS:
             bank = truth_bank(references.name).answers["identity"]
             def mean(style, background):
@@ -124,9 +138,11 @@ class JudgeScorer(_TinyWorld):
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c030b
 @torch.no_grad()
 def shared_place(references: References, sure: float = .5) -> int:
-    "The background that the judge sees in every reference, with a probability over `sure`: its number, or −1 for none."
+    """The background that the judge sees in every reference, with a probability over `sure`: its number,
+    or −1 for none."""
     if not references.images: return -1
-    seen = judge_images(load_judge(), _pixels(references.images, "shared"))["background"].softmax(1).min(0).values
+    seen = judge_images(load_judge(), _pixels(references.images,
+                                              "shared"))["background"].softmax(1).min(0).values
     return int(seen.argmax()) if seen.max() > sure else -1
 
 @torch.no_grad()
@@ -135,9 +151,11 @@ def shared_outfit(references: References, sure: float = .6) -> int:
 
     The judge tells hats (.65 to .99 in eight sets of four pictures); bows, stars and hearts it often confuses."""
     if not references.images or references.name not in SUBJECTS: return -1
-    worn = worn_accessories(judge_images(load_judge(), _pixels(references.images, "shared"))["vector"]).mean(0)
+    worn = worn_accessories(judge_images(load_judge(),
+                                         _pixels(references.images, "shared"))["vector"]).mean(0)
     number = int(worn.argmax())
-    return number if worn.max() > sure and ACCESSORIES[number] not in ("none", SUBJECTS[references.name].accessory) else -1
+    return number if worn.max() > sure and ACCESSORIES[number] not in ("none",
+        SUBJECTS[references.name].accessory) else -1
 
 def worn_accessories(vector # [N, V], the judge's guess of `instance_vector`
                     ): # [N, A] in [0, 1]
@@ -147,7 +165,8 @@ def worn_accessories(vector # [N, V], the judge's guess of `instance_vector`
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c030d
 class SharedScorer(_TinyWorld):
-    "`shared_place`: P(the place that all references show), where the prompt asks for another; `shared_outfit`: the same for a borrowed accessory. NaN where nothing is shared."
+    """`shared_place`: P(the place that all references show), where the prompt asks for another;
+    `shared_outfit`: the same for a borrowed accessory. NaN where nothing is shared."""
     name = "shared"
     metrics = {"shared_place": ("the references' place", -1), "shared_outfit": ("the references' outfit", -1)}
     def __init__(self, device=None): super().__init__(device); self._known = WeakKeyDictionary()
@@ -155,19 +174,22 @@ class SharedScorer(_TinyWorld):
     def __setstate__(self, state): self.__init__(**state)
 
     def __call__(self, images, prompts, references):
-        if references not in self._known: self._known[references] = shared_place(references), shared_outfit(references)
+        if references not in self._known:
+            self._known[references] = shared_place(references), shared_outfit(references)
         place, outfit = self._known[references]
         seen, n = judge_images(load_judge(), _pixels(images, self.name)), len(images)
         elsewhere = (_cells(prompts)[:, 1] != place) & (_cells(prompts)[:, 1] >= 0) & (place >= 0)
         return {"shared_place": np.where(elsewhere, seen["background"].softmax(1)[:, place], np.nan),
-                "shared_outfit": worn_accessories(seen["vector"])[:, outfit] if outfit >= 0 else np.full(n, np.nan)}
+                "shared_outfit": worn_accessories(seen["vector"])[:, outfit] if outfit >= 0
+                else np.full(n, np.nan)}
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c032
 ORACLE = ("features", "identity", "cls", "vector")     # what the oracle looks at
 
 def whitening(truth: np.ndarray # [S, B, n, D]
              ) -> tuple[np.ndarray, np.ndarray]:
-    "(means [S, B, D], W [D, D]) with WᵀW = Σ⁻¹, Σ the covariance within a cell, pooled over the cells and shrunk towards its diagonal."
+    """(means [S, B, D], W [D, D]) with WᵀW = Σ⁻¹, Σ the covariance within a cell, pooled over the cells
+    and shrunk towards its diagonal."""
     means = truth.mean(2)
     rest = (truth - means[:, :, None]).reshape(-1, truth.shape[-1])
     covariance = rest.T @ rest / (len(rest) * (1 - 1 / truth.shape[2]))
@@ -180,7 +202,8 @@ def whitening(truth: np.ndarray # [S, B, n, D]
 def _whitened(name): return {k: whitening(truth_bank(name).answers[k]) for k in ORACLE}
 
 class OracleScorer(_TinyWorld):
-    "`oracle`: distance of what the judge sees from what it sees in true renders of this subject in this style and background, equation (2); about 1 for the truth."
+    """`oracle`: distance of what the judge sees from what it sees in true renders of this subject in this
+    style and background, equation (2); about 1 for the truth."""
     name = "oracle"
     metrics = {"oracle": ("distance to the truth", -1)}
     def __call__(self, images, prompts, references):
@@ -188,13 +211,18 @@ class OracleScorer(_TinyWorld):
         seen, whitened = judge_images(load_judge(), _pixels(images, self.name)), _whitened(references.name)
         def square(k, i, cell):
             means, w = whitened[k]
-            return np.mean((w @ (seen[k][i].double().numpy() - _of_cell(means[:, :, None], *cell)).T) ** 2, axis=0)
-        def distance(i, cell): return np.sqrt(np.mean([square(k, i, cell) for k in ORACLE], axis=0).min()) if cell[0] >= 0 else np.nan   # any background: the nearest
+            return np.mean((w @ (seen[k][i].double().numpy() - _of_cell(means[:, :, None], *cell)).T) ** 2,
+                           axis=0)
+        # any background: the nearest
+        def distance(i, cell):
+            return np.sqrt(np.mean([square(k, i, cell) for k in ORACLE],
+                                   axis=0).min()) if cell[0] >= 0 else np.nan
         return {"oracle": np.array([distance(i, cell) for i, cell in enumerate(_cells(prompts))])}
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c036
 class LeakScorer(_TinyWorld):
-    "`leak`: where a picture's colour and texture lie between true renders in the style asked for (0) and true photos (1), equation (3); `leak_photo`: P(photo)."
+    """`leak`: where a picture's colour and texture lie between true renders in the style asked for (0)
+    and true photos (1), equation (3); `leak_photo`: P(photo)."""
     name = "leak"
     metrics = {"leak": ("appearance leak", -1), "leak_photo": ("photo probability", -1)}
     def __call__(self, images, prompts, references):
@@ -213,7 +241,9 @@ class LeakScorer(_TinyWorld):
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c040
 def separation(better, worse) -> dict:
-    "How clearly paired scores are ordered: mean difference, its size in standard deviations of the difference, the share in the right order, n."
+    """How clearly paired scores are ordered: mean difference, its size in standard deviations of the
+    difference, the share in the right order, n."""
     gap = np.asarray(better, float) - np.asarray(worse, float)
     gap = gap[~np.isnan(gap)]
-    return dict(gap=float(gap.mean()), d=float(gap.mean() / max(gap.std(), 1e-12)), right=float((gap > 0).mean()), n=len(gap))
+    return dict(gap=float(gap.mean()), d=float(gap.mean() / max(gap.std(), 1e-12)),
+                right=float((gap > 0).mean()), n=len(gap))

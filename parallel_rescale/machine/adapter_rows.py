@@ -29,7 +29,8 @@ class RowScale:
         return product if scale.only is None else _Part(product, scale.only)
 
     # diffusers multiplies and divides scalings by cross_attention_kwargs["scale"]
-    def __mul__(self, other): return RowScale(self.rows * (other.rows if isinstance(other, RowScale) else other), self.only)
+    def __mul__(self, other):
+        return RowScale(self.rows * (other.rows if isinstance(other, RowScale) else other), self.only)
     def __truediv__(self, other): return RowScale(self.rows / other, self.only)
 
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c014
@@ -39,7 +40,8 @@ class _Part:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        result, part = args                       # in place: result is the layer's own output, made a moment ago
+        # in place: result is the layer's own output, made a moment ago
+        result, part = args
         result[part.rows] += part.value
         return result
 
@@ -55,11 +57,14 @@ class Rows(torch.nn.Module):
 _known_layers = weakref.WeakKeyDictionary()        # model → (its adapters' configurations, its layers)
 
 def adapter_layers(model) -> list:
-    "The adapter layers (PEFT) of a model; empty where none was loaded. Looked for once, and again when adapters come or go."
+    """The adapter layers (PEFT) of a model; empty where none was loaded. Looked for once, and again when
+    adapters come or go."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     configs = getattr(model, "peft_config", None) or {}
     known = _known_layers.get(model)
-    if configs and known and known[0].keys() == configs.keys() and all(known[0][k] is configs[k] for k in configs): return known[1]
+    if configs and known and known[0].keys() == configs.keys() and all(known[0][k] is configs[k]
+            for k in configs):
+        return known[1]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     _known_layers[model] = dict(configs), layers
     return layers
@@ -72,20 +77,25 @@ def _obstacle(layers) -> str | None:
     "Why these layers cannot run at another scale than their own, or None where they can."
     from peft.tuners.lora import LoraLayer
     for layer in layers:
-        if not isinstance(layer, LoraLayer): return f"{type(layer).__name__} is not a LoRA layer, and only LoRA has a scale for each row"
-        if layer.merged: return f"the adapter {layer.merged_adapters} is fused into the weights: call pipe.unfuse_lora() first"
-        variants = {name for name, used in layer.use_dora.items() if used} | set(getattr(layer, "lora_variant", {}))
+        if not isinstance(layer, LoraLayer):
+            return f"{type(layer).__name__} is not a LoRA layer, and only LoRA has a scale for each row"
+        if layer.merged:
+            return f"the adapter {layer.merged_adapters} is fused into the weights: call pipe.unfuse_lora() first"
+        variants = {name for name, used in layer.use_dora.items()
+                    if used} | set(getattr(layer, "lora_variant", {}))
         for name in variants & set(layer.active_adapters):
             return f"the adapter {name!r} is a DoRA (or another LoRA variant), whose scale sits inside a weight norm: train it with use_dora=False"
     return None
 
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c020
 def _scale_of(scale, adapter: str) -> float:
-    "The scale that a branch (a number for all adapters, or a mapping that leaves the others out) gives one adapter."
+    """The scale that a branch (a number for all adapters, or a mapping that leaves the others out) gives
+    one adapter."""
     return float(scale.get(adapter, 0.) if isinstance(scale, Mapping) else scale)
 
 def _row_scale(values: Sequence[float], like: torch.Tensor, partial: bool):
-    "One number where all rows agree, else a `RowScale` (partial: of the rows that are not 0), in the dtype of `like` if that holds them exactly."
+    """One number where all rows agree, else a `RowScale` (partial: of the rows that are not 0), in the
+    dtype of `like` if that holds them exactly."""
     if len(set(values)) == 1: return values[0]
     used = [r for r, v in enumerate(values) if v]
     only = slice(used[0], used[-1] + 1) if partial else slice(0, len(values))
@@ -95,25 +105,29 @@ def _row_scale(values: Sequence[float], like: torch.Tensor, partial: bool):
 
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c022
 def _rows_before(dropout, rows: slice, made: dict):
-    "`Rows` in front of a layer's dropout. Where that does nothing one is enough for all layers: to make a module takes longer than to plan a layer."
+    """`Rows` in front of a layer's dropout. Where that does nothing one is enough for all layers: to make
+    a module takes longer than to plan a layer."""
     if type(dropout) is not torch.nn.Identity: return Rows(rows, dropout).train(dropout.training)
     key = rows.start, rows.stop
     if key not in made: made[key] = Rows(rows, dropout)
     return made[key]
 
 def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, dict]]:
-    "What to change so that row r runs at scale rows[r]: (a dictionary of a layer, some of its entries now, and those entries then)."
+    """What to change so that row r runs at scale rows[r]: (a dictionary of a layer, some of its entries
+    now, and those entries then)."""
     from peft.tuners.lora import Conv2d, Linear
     plan, made = [], {}
     for layer in layers:
         if layer.disable_adapters: continue
-        partial = type(layer) in (Linear, Conv2d)      # the quantised ones handle their output in ways of their own
+        # the quantised ones handle their output in ways of their own
+        partial = type(layer) in (Linear, Conv2d)
         scaling, dropout, dropouts = {}, {}, layer.lora_dropout._modules
         for adapter, base in layer.scaling.items():
             if (key := (adapter, base, partial)) not in made:
                 made[key] = _row_scale([_scale_of(s, adapter) * base for s in rows], like, partial)
             scale = scaling[adapter] = made[key]
-            if getattr(scale, "only", None): dropout[adapter] = _rows_before(dropouts[adapter], scale.only, made)
+            if getattr(scale, "only", None):
+                dropout[adapter] = _rows_before(dropouts[adapter], scale.only, made)
         plan.append((layer.scaling, dict(layer.scaling), scaling))
         if dropout: plan.append((dropouts, {a: dropouts[a] for a in dropout}, dropout))
         # what would be multiplied by 0 in every row need not be computed
@@ -122,7 +136,8 @@ def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, 
     return plan
 
 def _placed(model):
-    "A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the weights. No list of all: this stands in every step."
+    """A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the
+    weights. No list of all: this stands in every step."""
     there = next((p for p in model.parameters() if p.device.type != "meta"), None)
     return torch.empty(0, dtype=next(model.parameters()).dtype) if there is None else there
 
@@ -143,7 +158,8 @@ def adapter_rows(model,         # a UNet or text encoder with LoRA adapters
     """Inside, row r of a batch sees the model's LoRA adapters at `scales[r]` times their own weight: 0 is the base model.
 
     ValueError where the adapters have no scale to change (DoRA, fused). Everything is as before on exit."""
-    layers, scales = adapter_layers(model), [scales] if isinstance(scales, (int, float, Mapping)) else list(scales)
+    layers, scales = adapter_layers(model), [scales] if isinstance(scales,
+        (int, float, Mapping)) else list(scales)
     if any(isinstance(s, Mapping) or s != 1 for s in scales):
         if why := _obstacle(layers): raise ValueError(f"adapter_rows: {why}")
         with _carried_out(_plan(layers, scales, _placed(model) if like is None else like)): yield

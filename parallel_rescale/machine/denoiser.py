@@ -20,7 +20,8 @@ from .prompts import PromptEmbeds
 
 # %% ../../nbs/2_machine/03_denoiser.ipynb #c033
 def take_rows(value, pieces: Sequence[slice], rows: int):
-    "Of every tensor with `rows` rows inside `value` (also in lists, tuples and dicts) these pieces, one below the other; all else as it is."
+    """Of every tensor with `rows` rows inside `value` (also in lists, tuples and dicts) these pieces, one
+    below the other; all else as it is."""
     if isinstance(value, torch.Tensor):
         # cat, as the pipelines do it: repeat would lose the memory format (channels_last), and with it the last bits
         return torch.cat([value[piece] for piece in pieces]) if value.ndim and len(value) == rows else value
@@ -33,13 +34,16 @@ def repeat_rows(value, times: int, rows: int):
     return take_rows(value, [slice(0, rows)] * times, rows)
 
 def stack_rows(values: Sequence, rows: int, like: torch.Tensor, pieces=None):
-    "One tensor from tensors of `rows` rows or one each (or from lists of such), placed like `like`; of each all rows, or its piece."
+    """One tensor from tensors of `rows` rows or one each (or from lists of such), placed like `like`; of
+    each all rows, or its piece."""
     if isinstance(values[0], (list, tuple)): return [stack_rows(v, rows, like, pieces) for v in zip(*values)]
     values = [v.to(like.device, like.dtype) for v in values]
-    return torch.cat([v.expand(rows, *v.shape[1:])[s] for v, s in zip(values, pieces or [slice(0, rows)] * len(values))])
+    return torch.cat([v.expand(rows, *v.shape[1:])[s] for v,
+                      s in zip(values, pieces or [slice(0, rows)] * len(values))])
 
 def row_groups(branches: Sequence, rows: int, max_rows: int | None) -> list[tuple]:
-    "The rows of all branches, dealt out in order to calls of nearly equal size, `max_rows` at most: tuples of (branch, slice of its rows)."
+    """The rows of all branches, dealt out in order to calls of nearly equal size, `max_rows` at most:
+    tuples of (branch, slice of its rows)."""
     total = len(branches) * rows
     calls = 1 if max_rows is None else math.ceil(total / max_rows)
     bounds = [total * c // calls for c in range(calls + 1)]
@@ -50,16 +54,19 @@ def row_groups(branches: Sequence, rows: int, max_rows: int | None) -> list[tupl
 
 # %% ../../nbs/2_machine/03_denoiser.ipynb #c035
 def _stacked(prompts: Mapping[str, PromptEmbeds], names: Sequence[str], rows: int, like, pieces=None):
-    "(hidden, pooled) of the named prompts, one below the other, `rows` rows each; ValueError where they do not fit."
+    """(hidden, pooled) of the named prompts, one below the other, `rows` rows each; ValueError where they
+    do not fit."""
     lengths = {}
     for name in names:
         hidden = prompts[name].hidden
         lengths[name] = hidden.shape[1]
         if len(hidden) not in (1, rows):
-            raise ValueError(f"the UNet was called with {rows} rows and the prompt {name!r} has {len(hidden)}: run the pipeline at "
+            raise ValueError(f"the UNet was called with {rows} rows and the prompt {name!r} has "
+                             f"{len(hidden)}: run the pipeline at "
                              "guidance_scale=1, and encode prompts with the same num_images_per_prompt")
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the prompts have different numbers of tokens, {lengths}: pad them to one length, or use max_rows=1")
+        raise ValueError(f"the prompts have different numbers of tokens, {lengths}: pad them to one "
+                         f"length, or use max_rows=1")
     pooled = [prompts[name].pooled for name in names]
     return (stack_rows([prompts[name].hidden for name in names], rows, like, pieces),
             None if None in pooled else stack_rows(pooled, rows, like, pieces))
@@ -70,7 +77,8 @@ def _number(t): return float(t.flatten()[0] if isinstance(t, torch.Tensor) else 
 def _position(t, timesteps, index: int | None) -> int | None:
     "Where in `timesteps` t stands, told without reading it; None where that cannot be."
     if not isinstance(t, torch.Tensor): return None
-    if t.untyped_storage()._cdata == timesteps.untyped_storage()._cdata: return t.storage_offset() - timesteps.storage_offset()
+    if t.untyped_storage()._cdata == timesteps.untyped_storage()._cdata:
+        return t.storage_offset() - timesteps.storage_offset()
     return index if t.device.type != "cpu" and index is not None and index < len(timesteps) else None
 
 class _Clock:
@@ -83,29 +91,37 @@ class _Clock:
         if self.scheduler is None: timesteps, t, n = None, _number(t), 1001; i = max(0, round(1000 - t))
         else:
             timesteps = self.scheduler.timesteps
-            if self.run is None or timesteps is not self.run[0]: self.numbers = timesteps.tolist(); self.steps = list(dict.fromkeys(self.numbers))
+            if self.run is None or timesteps is not self.run[0]:
+                self.numbers = timesteps.tolist(); self.steps = list(dict.fromkeys(self.numbers))
             position = _position(t, timesteps, getattr(self.scheduler, "step_index", None))
             t = float(_number(t) if position is None else self.numbers[position])
             i, n = min(range(len(self.steps)), key=lambda j: abs(self.steps[j] - t)), len(self.steps)
-        if self.run is None or timesteps is not self.run[0] or shape != self.run[1] or i < self.last: self.memory = {}
+        if self.run is None or timesteps is not self.run[0] or shape != self.run[1] or i < self.last:
+            self.memory = {}
         self.run, self.last = (timesteps, shape), i
         return i, n, t
 
 # %% ../../nbs/2_machine/03_denoiser.ipynb #c043
 def _check_branch(branch, rule, prompts, active: set, obstacle: str | None):
     "ValueError where the prompts or the active adapters do not hold what a branch asks for."
-    if branch.prompt not in prompts: raise ValueError(f"{rule!r} needs the prompt {branch.prompt!r}; prompts has {sorted(prompts)}")
+    if branch.prompt not in prompts:
+        raise ValueError(f"{rule!r} needs the prompt {branch.prompt!r}; prompts has {sorted(prompts)}")
     missing = sorted(set(branch.adapter) - active) if isinstance(branch.adapter, Mapping) else []
     if branch.adapted and (missing or not active):
-        raise ValueError(f"{rule!r} needs {f'the adapter {missing[0]!r}' if missing else 'a subject'}, but the UNet's active adapters are "
-                         f"{sorted(active) or 'none'}: load the subject, or activate it with pipe.set_adapters; "
+        raise ValueError(f"{rule!r} needs {f'the adapter {missing[0]!r}' if missing else 'a subject'}, but "
+                         f"the UNet's active adapters are "
+                         f"{sorted(active) or 'none'}: load the subject, or activate it with "
+                         f"pipe.set_adapters; "
                          "for a subject that lives in its token alone pass tokens_only=True")
-    if obstacle and branch.adapter != 1: raise ValueError(f"{rule!r} runs adapters at scale {branch.adapter}: {obstacle}")
+    if obstacle and branch.adapter != 1:
+        raise ValueError(f"{rule!r} runs adapters at scale {branch.adapter}: {obstacle}")
 
 def _largest(combined, sample, predictions) -> tuple:
     "(the largest entry of each on its way to the CPU, an event that says when it is there, the branches)."
-    sizes = torch.stack([torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32) for x in (combined, sample, *predictions.values())])
-    if not sizes.is_cuda: return sizes, None, list(predictions)       # where nothing runs ahead, or copies cannot be waited for
+    sizes = torch.stack([torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+                         for x in (combined, sample, *predictions.values())])
+    # where nothing runs ahead, or copies cannot be waited for
+    if not sizes.is_cuda: return sizes, None, list(predictions)
     sizes, event = sizes.to("cpu", non_blocking=True), torch.cuda.Event()
     event.record()
     return sizes, event, list(predictions)
@@ -114,22 +130,27 @@ def _check_finite(sizes, branches, rule, when: str):
     "FloatingPointError, naming the step and the branch, where the combination held NaN or infinite values."
     combined, sample, *predictions = map(math.isfinite, sizes.tolist())
     if combined: return
-    bad = [f"{b.prompt!r} at adapter scale {b.adapter}" for b, finite in zip(branches, predictions) if not finite]
+    bad = [f"{b.prompt!r} at adapter scale {b.adapter}" for b,
+           finite in zip(branches, predictions) if not finite]
     where = "the latents that came in" if not sample else \
         "the prediction for " + " and ".join(bad) if bad else f"what {rule!r} made of finite predictions"
     raise FloatingPointError(f"NaN or infinite values at {when}, in {where}")
 
 def _check_residuals(call, branches, rows: int, prompts):
-    "ValueError where a condition that depends on the prompt was made for one prompt and several would share it."
+    """ValueError where a condition that depends on the prompt was made for one prompt and several would
+    share it."""
     if len(branches) < 2: return
     if (mid := call.get("mid_block_additional_residual")) is not None and len(mid) == rows:
-        raise ValueError("the residuals of a ControlNet depend on the prompt, and these were made for one prompt: guided cannot give each of "
+        raise ValueError("the residuals of a ControlNet depend on the prompt, and these were made for one "
+                         "prompt: guided cannot give each of "
                          f"{len(branches)} branches its own; use a T2I-Adapter, or stock guidance")
     if "image_embeds" in (call.get("added_cond_kwargs") or {}):
         for name in {b.prompt for b in branches} & {"null"}:
             if "image_embeds" not in prompts[name].added:
-                raise ValueError("the null prompt has no image: give prompts['null'] the IP-Adapter's empty one, "
-                                 "PromptEmbeds(hidden, pooled, {'image_embeds': [...]}); SubjectPipeline does so by itself")
+                raise ValueError(
+                    "the null prompt has no image: give prompts['null'] the IP-Adapter's empty one, "
+                                 "PromptEmbeds(hidden, pooled, {'image_embeds': [...]}); SubjectPipeline "
+                                 "does so by itself")
 
 # %% ../../nbs/2_machine/03_denoiser.ipynb #c045
 _innermost = weakref.WeakKeyDictionary()           # UNet → the session in force, where `guided` is nested
@@ -138,7 +159,8 @@ class _Session:
     "The two hooks of `guided` and what they share."
     def __init__(self, unet, rule, prompts, scheduler, max_rows, on_step, tokens_only):
         self.rule, self.prompts, self.max_rows, self.on_step, self.tokens_only = rule, prompts, max_rows, on_step, tokens_only
-        self.names = list(inspect.signature(type(getattr(unet, "_orig_mod", unet)).forward).parameters)[1:]  # _orig_mod: torch.compile
+        # _orig_mod: torch.compile
+        self.names = list(inspect.signature(type(getattr(unet, "_orig_mod", unet)).forward).parameters)[1:]
         self.layers = [] if tokens_only else adapter_layers(unet)
         self.active, self.obstacle = _active(self.layers), _obstacle(self.layers)
         self.clock, self.embeds, self.plans = _Clock(scheduler), {}, {}
@@ -170,11 +192,16 @@ class _Session:
         if self.asking or _innermost.get(unet) is not self: return None
         self.undo.close()
         if output is None: return None             # the forward pass failed; its error goes its way
-        rows = output[0] if len(self.groups) == 1 else torch.cat([output[0], *(self.ask(unet, group) for group in self.groups[1:])])
+        rows = output[0] if len(self.groups) == 1 else torch.cat([output[0],
+            *(self.ask(unet, group) for group in self.groups[1:])])
         predictions = dict(zip(dict.fromkeys(self.branches), rows.split(len(self.sample))))
-        combined = self.combine(*(predictions[b] for b in self.branches)).to(rows.dtype)     # what the scheduler would get without us
-        self.pending.append((*_largest(combined, self.sample, predictions), f"step {self.i} of {self.n} (t = {self.t:g})"))
-        if self.on_step: self.on_step(self.i, self.n, self.t, {(b.prompt, b.adapter): p for b, p in predictions.items()}, combined)
+        # what the scheduler would get without us
+        combined = self.combine(*(predictions[b] for b in self.branches)).to(rows.dtype)
+        self.pending.append((*_largest(combined, self.sample, predictions),
+                             f"step {self.i} of {self.n} (t = {self.t:g})"))
+        if self.on_step:
+            self.on_step(self.i, self.n, self.t, {(b.prompt, b.adapter): p for b, p in predictions.items()},
+                         combined)
         self.call = self.sample = None             # nothing is kept alive between steps
         return (combined, *output[1:]) if isinstance(output, tuple) else type(output)(sample=combined)
 
@@ -195,25 +222,32 @@ class _Session:
 
     def scaled(self, group):
         "A context in which each branch's rows see the adapters at the branch's scale."
-        if self.tokens_only or all(b.adapter == 1 for b, _ in group): return ExitStack()   # the adapters as they are
+        # the adapters as they are
+        if self.tokens_only or all(b.adapter == 1 for b, _ in group): return ExitStack()
         scales = [b.adapter for b, piece in group for _ in range(piece.stop - piece.start)]
         key = *scales, self.sample.dtype, self.sample.device
         plan = self.plans.get(key)
-        if plan is None or not all(now.items() <= entries.items() for entries, now, then in plan):   # new, or set_adapters was called
+        # new, or set_adapters was called
+        if plan is None or not all(now.items() <= entries.items() for entries, now, then in plan):
             if len(self.plans) > 8: self.plans.clear()   # a scale that moves makes a plan at every step
             plan = self.plans[key] = _plan(self.layers, scales, self.sample)
         return _carried_out(plan)
 
     def arguments(self, group):
         "The UNet's arguments for `group`: those of the call, repeated, with each branch's own prompt."
-        rows, prompts, pieces = len(self.sample), [self.prompts[b.prompt] for b, _ in group], [piece for _, piece in group]
+        rows, prompts, pieces = len(self.sample), [self.prompts[b.prompt] for b, _ in group], [piece for _,
+            piece in group]
         hidden, pooled = self.embed([b.prompt for b, _ in group], prompts, rows, pieces)
-        call = take_rows(self.call | {"encoder_hidden_states": None}, pieces, rows) | {"encoder_hidden_states": hidden}
+        call = take_rows(self.call | {"encoder_hidden_states": None}, pieces,
+                         rows) | {"encoder_hidden_states": hidden}
         if (given := self.call.get("added_cond_kwargs")) is not None:
             if pooled is not None: call["added_cond_kwargs"]["text_embeds"] = pooled
-            elif "text_embeds" in given: raise ValueError("prompts: this UNet takes a pooled embedding with every prompt, PromptEmbeds(hidden, pooled)")
+            elif "text_embeds" in given:
+                raise ValueError("prompts: this UNet takes a pooled embedding with every prompt, "
+                                 "PromptEmbeds(hidden, pooled)")
             for key in {k for p in prompts for k in p.added}:
-                call["added_cond_kwargs"][key] = stack_rows([p.added.get(key, given[key]) for p in prompts], rows, self.sample, pieces)
+                call["added_cond_kwargs"][key] = stack_rows([p.added.get(key, given[key]) for p in prompts],
+                    rows, self.sample, pieces)
         return (call.pop("sample"), call.pop("timestep")), call
 
     def embed(self, names, prompts, rows, pieces):
@@ -230,7 +264,8 @@ def _counts_steps(rule) -> bool:
 
 def checked_rows(max_rows, batched=None) -> int | None:
     "`max_rows`, a whole number >= 1 or None, also from the former argument `batched`."
-    if batched is False: warnings.warn("batched= is deprecated: use max_rows=1 for batched=False", FutureWarning, stacklevel=4)
+    if batched is False:
+        warnings.warn("batched= is deprecated: use max_rows=1 for batched=False", FutureWarning, stacklevel=4)
     if batched is False and max_rows is None: return 1
     if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
         raise ValueError(f"max_rows must be a whole number >= 1 or None, got {max_rows!r}")
@@ -239,12 +274,15 @@ def checked_rows(max_rows, batched=None) -> int | None:
 @contextmanager
 def guided(unet,                        # a diffusers UNet, e.g. pipe.unet
            rule: Guidance,
-           prompts: Mapping[str, PromptEmbeds],  # for each prompt name of the rule's branches; read at every step
+           prompts: Mapping[str,
+                            PromptEmbeds],  # for each prompt name of the rule's branches; read at every step
            *,
            scheduler=None,              # the pipeline's, to tell which step a timestep is; without it progress = 1 − t/1000
-           max_rows: int | None = None, # rows in one UNet call, for small cards; None: all branches of all pictures
+           max_rows: int
+           | None = None, # rows in one UNet call, for small cards; None: all branches of all pictures
            batched: bool | None = None, # former name: batched=False is max_rows=1
-           on_step: Callable | None = None,      # on_step(i, n, t, {(prompt, adapter): prediction}, combined) after every step
+           on_step: Callable
+           | None = None,      # on_step(i, n, t, {(prompt, adapter): prediction}, combined) after every step
            tokens_only: bool = False,   # True: leave the adapters alone, the subject is in its token
           ):
     """Inside, `unet` called with B rows returns the rule's combination of its branches' predictions, from ONE call (or calls of `max_rows`).
@@ -252,10 +290,14 @@ def guided(unet,                        # a diffusers UNet, e.g. pipe.unet
     Run any diffusers pipeline inside at guidance_scale=1. On exit, also after an error, the UNet is as before. Where
     contexts are nested the innermost holds. ValueError where the prompts or adapters do not hold what the rule needs;
     FloatingPointError, naming step and branch, where a prediction held NaN or infinite values: at a later step, or on exit, so that no step waits."""
-    if not isinstance(unet, torch.nn.Module): raise ValueError(f"unet must be a UNet such as pipe.unet, got {type(unet).__name__}")
-    if not isinstance(rule, Guidance): raise ValueError(f"rule must be a guidance rule such as ParallelRescale(), got {rule!r}")
-    if scheduler is None and _counts_steps(rule): raise ValueError(f"{rule!r} counts steps: pass scheduler=pipe.scheduler")
-    session, outer = _Session(unet, rule, prompts, scheduler, checked_rows(max_rows, batched), on_step, tokens_only), _innermost.get(unet)
+    if not isinstance(unet, torch.nn.Module):
+        raise ValueError(f"unet must be a UNet such as pipe.unet, got {type(unet).__name__}")
+    if not isinstance(rule, Guidance):
+        raise ValueError(f"rule must be a guidance rule such as ParallelRescale(), got {rule!r}")
+    if scheduler is None and _counts_steps(rule):
+        raise ValueError(f"{rule!r} counts steps: pass scheduler=pipe.scheduler")
+    session, outer = _Session(unet, rule, prompts, scheduler, checked_rows(max_rows, batched), on_step,
+                              tokens_only), _innermost.get(unet)
     # a UNet compiled in place (unet.compile()) would compile its hooks too, and again for every rule and step
     eager = torch.compiler.disable if getattr(unet, "_compiled_call_impl", None) else (lambda hook: hook)
     hooks = (unet.register_forward_pre_hook(eager(session.before), with_kwargs=True),

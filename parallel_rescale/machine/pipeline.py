@@ -30,56 +30,70 @@ def diagnostics(null,     # ε_φ(∅), [B, C, H, W]
                 base,     # ε_φ(c_base)
                 subject,  # ε_θ(c_subj)
                ) -> dict:
-    "What the three predictions say of each other: `p` (its `ratio_summary`), the norms of g_text, g_cons, g_∥, g_⊥, and the `cosine` of g_cons and g_text; lists of B numbers."
+    """What the three predictions say of each other: `p` (its `ratio_summary`), the norms of g_text,
+    g_cons, g_∥, g_⊥, and the `cosine` of g_cons and g_text; lists of B numbers."""
     g_text, g_cons = base - null, subject - base
     parallel, orthogonal = project(g_cons, g_text)
     def norm(g): return g.flatten(1).float().norm(dim=1).tolist()
     cosine = torch.nn.functional.cosine_similarity(g_cons.flatten(1).float(), g_text.flatten(1).float())
-    return dict(p={k: v.tolist() for k, v in ratio_summary(consistency_ratio(g_cons, g_text)).items()}, cosine=cosine.tolist(),
-                norm_text=norm(g_text), norm_cons=norm(g_cons), norm_parallel=norm(parallel), norm_orthogonal=norm(orthogonal))
+    return dict(p={k: v.tolist() for k, v in ratio_summary(consistency_ratio(g_cons, g_text)).items()},
+                cosine=cosine.tolist(),
+                norm_text=norm(g_text), norm_cons=norm(g_cons), norm_parallel=norm(parallel),
+                norm_orthogonal=norm(orthogonal))
 
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c010
 class Record(list):
-    "A list for `record=`: one dict for each step, with `step`, `t`, and `diagnostics`; with maps=True also `p_map` [B, 1, H, W]."
+    """A list for `record=`: one dict for each step, with `step`, `t`, and `diagnostics`; with maps=True
+    also `p_map` [B, 1, H, W]."""
     def __init__(self, maps: bool = False):
         super().__init__()
         self.maps = maps
 
     def rows(self) -> list[dict]:
-        "One flat dict for each step and picture, for a table: step, t, sample, p_mean, p_std, p_q05 … p_q95, cosine, norm_text …"
+        """One flat dict for each step and picture, for a table: step, t, sample, p_mean, p_std, p_q05 …
+        p_q95, cosine, norm_text …"""
         return [dict(step=r["step"], t=r["t"], sample=b, **{f"p_{k}": v[b] for k, v in r["p"].items()},
                      **{k: v[b] for k, v in r.items() if k == "cosine" or k.startswith("norm_")})
                 for r in self for b in range(len(r["norm_text"]))]
 
 def recorder(record: list | None, rule: Guidance):
-    "An `on_step` for `guided` that appends to `record` (None: none). ValueError where the rule lacks one of the three predictions."
+    """An `on_step` for `guided` that appends to `record` (None: none). ValueError where the rule lacks
+    one of the three predictions."""
     if record is None: return None
     missing = {"null", "base", "subject"} - {b.prompt for b in rule.branches}
-    if missing: raise ValueError(f"record: {rule!r} makes no prediction for {sorted(missing)}, and p = ⟨g_cons, g_text⟩/⟨g_text, g_text⟩ needs null, base and subject")
+    if missing:
+        raise ValueError(f"record: {rule!r} makes no prediction for {sorted(missing)}, and p = ⟨g_cons, "
+                         f"g_text⟩/⟨g_text, g_text⟩ needs null, base and subject")
     def on_step(i, n, t, predictions, combined):
         named = {prompt: prediction for (prompt, _), prediction in predictions.items()}
         if not {"null", "base", "subject"} <= named.keys(): return   # a step on which the rule asked for less
         null, base, subject = named["null"], named["base"], named["subject"]
         entry = dict(step=i, t=t, **diagnostics(null, base, subject))
-        if getattr(record, "maps", False): entry["p_map"] = consistency_ratio(subject - base, base - null).cpu()
+        if getattr(record, "maps", False):
+            entry["p_map"] = consistency_ratio(subject - base, base - null).cpu()
         record.append(entry)
     return on_step
 
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c013
 _PARENT = inspect.signature(StableDiffusionXLPipeline.__call__)
-_TEXT = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
+_TEXT = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds",
+         "negative_prompt_embeds",
          "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 def _arguments(pipe, args, kwargs) -> dict:
-    "The arguments of a parent's call by name; an error for those that could only act through the parent's own guidance."
+    """The arguments of a parent's call by name; an error for those that could only act through the
+    parent's own guidance."""
     call = dict(_PARENT.bind(pipe, *args, **kwargs).arguments)
     call |= call.pop("kwargs", {})
     del call["self"]
     for name, idle in (("guidance_scale", 1), ("guidance_rescale", 0)):
-        if call.pop(name, idle) != idle: raise ValueError(f"{name}: guidance= brings its own scales; give one of the two")
+        if call.pop(name, idle) != idle:
+            raise ValueError(f"{name}: guidance= brings its own scales; give one of the two")
     side = pipe.default_sample_size * pipe.vae_scale_factor
-    pipe.check_inputs(call.get("prompt"), call.get("prompt_2"), call.get("height") or side, call.get("width") or side, call.get("callback_steps"),
-                      *(call.get(k) for k in _TEXT[2:]), call.get("ip_adapter_image"), call.get("ip_adapter_image_embeds"))
+    pipe.check_inputs(call.get("prompt"), call.get("prompt_2"), call.get("height") or side,
+                      call.get("width") or side, call.get("callback_steps"),
+                      *(call.get(k) for k in _TEXT[2:]), call.get("ip_adapter_image"),
+                      call.get("ip_adapter_image_embeds"))
     return call
 
 def _followed(call, embeds):
@@ -89,23 +103,29 @@ def _followed(call, embeds):
     def follow(pipe, i, t, kwargs):
         before = dict(kwargs)
         out = callback(pipe, i, t, kwargs)
-        if any(out.get(k, v) is not v for k, v in before.items() if k in ("prompt_embeds", "add_text_embeds")):
+        if any(out.get(k, v) is not v for k, v in before.items()
+               if k in ("prompt_embeds", "add_text_embeds")):
             old = embeds["subject"]
-            embeds["subject"] = PromptEmbeds(out.get("prompt_embeds", old.hidden), out.get("add_text_embeds", old.pooled), old.added)
+            embeds["subject"] = PromptEmbeds(out.get("prompt_embeds", old.hidden),
+                                             out.get("add_text_embeds", old.pooled), old.added)
         return out
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)): call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
     return call | {"callback_on_step_end": follow}
 
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c014
 def _check_subject(pipe, rule, prompt) -> bool:
-    "True where the subjects live in their tokens alone. ValueError where the rule needs one and there is none; a warning where the prompt names none."
+    """True where the subjects live in their tokens alone. ValueError where the rule needs one and there
+    is none; a warning where the prompt names none."""
     adapters = getattr(pipe.unet, "peft_config", {})
     if rule.needs_subject and not pipe.subjects and not adapters:
-        raise ValueError(f"{rule!r} needs a subject: load one with pipe.load_subject(folder), or its LoRA with pipe.load_lora_weights(folder)")
+        raise ValueError(f"{rule!r} needs a subject: load one with pipe.load_subject(folder), or its LoRA "
+                         f"with pipe.load_lora_weights(folder)")
     tokens = [s.token for s in pipe.subjects.values()]
     for text in [prompt] if isinstance(prompt, str) else prompt or []:
         if rule.needs_subject and tokens and not any(token in text for token in tokens):
-            warnings.warn(f"the prompt {text!r} has no {' or '.join(tokens)} in it: the subject's identity cannot show", stacklevel=3)
+            warnings.warn(f"the prompt {text!r} has no {' or '.join(tokens)} in it: the subject's identity "
+                          f"cannot show", stacklevel=3)
     return bool(pipe.subjects) and not any(name in adapters for name in pipe.subjects)
 
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c016
@@ -127,38 +147,55 @@ def _texts(pipe, rule, call, base_prompt, prompts) -> dict:
     "Name → (text, text for the second encoder or None) for the rule's prompts beyond null and subject."
     names, given = {b.prompt for b in rule.branches} - {"null", "subject"}, dict(prompts or {})
     for name in given.keys() - names | given.keys() & {"base"}:
-        hint = {"null": "use negative_prompt=", "subject": "it is the prompt", "base": "use base_prompt="}.get(name, f"its prompts are {sorted(b.prompt for b in rule.branches)}")
+        hint = {"null": "use negative_prompt=", "subject": "it is the prompt",
+                "base": "use base_prompt="}.get(name,
+                                                f"its prompts are {sorted(b.prompt for b in rule.branches)}")
         raise ValueError(f"prompts: {rule!r} does not take {name!r} from here; {hint}")
     prompt, prompt_2, second = call.get("prompt"), call.get("prompt_2"), {}
     if "base" in names:
-        if base_prompt is None and prompt is None: raise ValueError("base_prompt: with prompt_embeds there is no text to derive it from; give base_prompt= too")
+        if base_prompt is None and prompt is None:
+            raise ValueError(
+                "base_prompt: with prompt_embeds there is no text to derive it from; give base_prompt= too")
         given["base"] = prompt if base_prompt is None else base_prompt
         if base_prompt is None and prompt_2: second["base"] = _for_base(pipe, prompt_2)
-    for name in names & {"reference", "subject_reference"} if pipe.subject else (): given.setdefault(name, "a photo of a {subject}")
-    for name in names - given.keys(): raise ValueError(f"prompts: {rule!r} asks for {name!r}; give it as prompts={{{name!r}: …}}")
+    for name in names & {"reference", "subject_reference"} if pipe.subject else ():
+        given.setdefault(name, "a photo of a {subject}")
+    for name in names - given.keys():
+        raise ValueError(f"prompts: {rule!r} asks for {name!r}; give it as prompts={{{name!r}: …}}")
     size = 1 if isinstance(prompt, str) else len(call["prompt_embeds"] if prompt is None else prompt)
     for name, text in given.items():
-        if not isinstance(text, str) and len(text) != size: raise ValueError(f"{'base_prompt' if name == 'base' else name}: {len(text)} texts for {size} prompts")
-    return {name: (_for_subject(pipe, text) if _adapted(rule, name) else _for_base(pipe, text), second.get(name)) for name, text in given.items()}
+        if not isinstance(text, str) and len(text) != size:
+            raise ValueError(
+                f"{'base_prompt' if name == 'base' else name}: {len(text)} texts for {size} prompts")
+    return {name: (_for_subject(pipe, text) if _adapted(rule, name) else _for_base(pipe, text),
+                   second.get(name)) for name, text in given.items()}
 
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c018
 def _null_conditions(pipe, call, rows, dtype, device) -> dict:
-    "Conditions that the parent gives its null prompt alone: the negative sizes, and an IP-Adapter's empty image. Taken out of `call`."
-    own, (size, crop, target) = {}, [call.pop(f"negative_{k}", None) for k in ("original_size", "crops_coords_top_left", "target_size")]
+    """Conditions that the parent gives its null prompt alone: the negative sizes, and an IP-Adapter's
+    empty image. Taken out of `call`."""
+    own, (size, crop, target) = {}, [call.pop(f"negative_{k}", None)
+                                     for k in ("original_size", "crops_coords_top_left", "target_size")]
     if size is not None and target is not None:
-        dim = call["pooled_prompt_embeds"].shape[-1] if pipe.text_encoder_2 is None else pipe.text_encoder_2.config.projection_dim
-        own["time_ids"] = pipe._get_add_time_ids(size, crop or (0, 0), target, dtype=dtype, text_encoder_projection_dim=dim).to(device)
+        dim = call["pooled_prompt_embeds"].shape[
+            -1] if pipe.text_encoder_2 is None else pipe.text_encoder_2.config.projection_dim
+        own["time_ids"] = pipe._get_add_time_ids(size, crop or (0, 0), target, dtype=dtype,
+                                                 text_encoder_projection_dim=dim).to(device)
     image, embeds = call.get("ip_adapter_image"), call.get("ip_adapter_image_embeds")
     if image is not None or embeds is not None:
-        own["image_embeds"] = [e.chunk(2)[0] for e in pipe.prepare_ip_adapter_image_embeds(image, embeds, device, rows, True)]
+        own["image_embeds"] = [e.chunk(2)[0] for e in pipe.prepare_ip_adapter_image_embeds(image, embeds,
+            device, rows, True)]
         if embeds is not None: call["ip_adapter_image_embeds"] = [e.chunk(2)[1] for e in embeds]
     return own
 
 @torch.no_grad()
 def _encode(pipe, rule, call, texts) -> dict[str, PromptEmbeds]:
-    "Every named prompt as the parent would encode it; prompts that only φ reads, without the text encoders' own adapters."
-    device, n, own = pipe._execution_device, call.get("num_images_per_prompt", 1), {k: call.get(k) for k in _TEXT}
-    options = dict(device=device, num_images_per_prompt=n, clip_skip=call.get("clip_skip"), lora_scale=(call.get("cross_attention_kwargs") or {}).get("scale"))
+    """Every named prompt as the parent would encode it; prompts that only φ reads, without the text
+    encoders' own adapters."""
+    device, n, own = pipe._execution_device, call.get("num_images_per_prompt",
+        1), {k: call.get(k) for k in _TEXT}
+    options = dict(device=device, num_images_per_prompt=n, clip_skip=call.get("clip_skip"),
+                   lora_scale=(call.get("cross_attention_kwargs") or {}).get("scale"))
     encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None and adapter_layers(e)]
     def encode(adapted, **text):
         with ExitStack() as off:
@@ -166,17 +203,23 @@ def _encode(pipe, rule, call, texts) -> dict[str, PromptEmbeds]:
             hidden, null, pooled, null_pooled = pipe.encode_prompt(**options, **text)
         return PromptEmbeds(hidden, pooled), PromptEmbeds(null, null_pooled)
     subject, null = encode(True, **own, do_classifier_free_guidance=True)
-    if encoders and not _adapted(rule, "null"): null = encode(False, **own, do_classifier_free_guidance=True)[1]
-    null = replace(null, added=_null_conditions(pipe, call, len(subject.hidden), subject.hidden.dtype, device))
+    if encoders and not _adapted(rule, "null"):
+        null = encode(False, **own, do_classifier_free_guidance=True)[1]
+    null = replace(null, added=_null_conditions(pipe, call, len(subject.hidden), subject.hidden.dtype,
+                                                device))
     return {"null": null, "subject": subject} | {
-        name: encode(_adapted(rule, name), prompt=text, prompt_2=text_2, do_classifier_free_guidance=False)[0] for name, (text, text_2) in texts.items()}
+        name: encode(_adapted(rule, name), prompt=text, prompt_2=text_2,
+                     do_classifier_free_guidance=False)[0] for name, (text, text_2) in texts.items()}
 
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c020
 class SubjectPipeline(StableDiffusionXLPipeline):
-    "diffusers' `StableDiffusionXLPipeline` with guidance rules and saved subjects; without `guidance=` it is its parent, to the last bit."
+    """diffusers' `StableDiffusionXLPipeline` with guidance rules and saved subjects; without `guidance=`
+    it is its parent, to the last bit."""
 
-    def __call__(self, *args, guidance: Guidance | None = None, base_prompt=None, prompts: Mapping | None = None,
-                 record: list | None = None, max_rows: int | None = None, batched: bool | None = None, **kwargs):
+    def __call__(self, *args, guidance: Guidance | None = None, base_prompt=None,
+                 prompts: Mapping | None = None,
+                 record: list | None = None, max_rows: int | None = None, batched: bool | None = None,
+                 **kwargs):
         """The parent's arguments, and
 
         - guidance: a rule such as `ParallelRescale()`; None is the parent's classifier-free guidance (on the adapted model)
@@ -188,18 +231,25 @@ class SubjectPipeline(StableDiffusionXLPipeline):
 
         The null prompt is `negative_prompt`, or what the parent takes without one. Returns what the parent returns."""
         if guidance is None:
-            idle = [k for k, v in dict(base_prompt=base_prompt, prompts=prompts, record=record, max_rows=max_rows, batched=None if batched else batched).items() if v is not None]
-            if idle: raise ValueError(f"{idle[0]}: has nothing to act on without guidance=, such as guidance=ParallelRescale()")
+            idle = [k for k, v in dict(base_prompt=base_prompt, prompts=prompts, record=record,
+                                       max_rows=max_rows, batched=None if batched else batched).items()
+                    if v is not None]
+            if idle:
+                raise ValueError(
+                    f"{idle[0]}: has nothing to act on without guidance=, such as guidance=ParallelRescale()")
             return super().__call__(*args, **kwargs)
-        if not isinstance(guidance, Guidance): raise ValueError(f"guidance must be a rule such as ParallelRescale(), got {guidance!r}")
+        if not isinstance(guidance, Guidance):
+            raise ValueError(f"guidance must be a rule such as ParallelRescale(), got {guidance!r}")
         call = _arguments(self, args, kwargs)
         call |= {k: _for_subject(self, call[k]) for k in ("prompt", "prompt_2") if call.get(k)}
         tokens_only, on_step = _check_subject(self, guidance, call.get("prompt")), recorder(record, guidance)
         embeds = _encode(self, guidance, call, _texts(self, guidance, call, base_prompt, prompts))
         call = {k: v for k, v in call.items() if k not in _TEXT}
         n = call.get("num_images_per_prompt", 1)
-        own = dict(prompt_embeds=embeds["subject"].hidden[::n], pooled_prompt_embeds=embeds["subject"].pooled[::n])
-        with guided(self.unet, guidance, embeds, scheduler=self.scheduler, max_rows=max_rows, batched=batched, on_step=on_step, tokens_only=tokens_only):
+        own = dict(prompt_embeds=embeds["subject"].hidden[::n],
+                   pooled_prompt_embeds=embeds["subject"].pooled[::n])
+        with guided(self.unet, guidance, embeds, scheduler=self.scheduler, max_rows=max_rows,
+                    batched=batched, on_step=on_step, tokens_only=tokens_only):
             return super().__call__(**_followed(call, embeds), **own, guidance_scale=1.0)
 
     # tools that look at a call's arguments see the parent's, and ours
@@ -225,7 +275,8 @@ class SubjectPipeline(StableDiffusionXLPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        "The parent's `from_pipe`. The components are shared, so the subjects loaded into them are known here too."
+        """The parent's `from_pipe`. The components are shared, so the subjects loaded into them are known
+        here too."""
         made = super().from_pipe(pipeline, **kwargs)
         made.subjects.update(getattr(pipeline, "subjects", {}))
         made._words.update(getattr(pipeline, "_words", {}))
@@ -239,15 +290,22 @@ def _check_tokens(pipe, subject, tokens, *rows):
     for row, (encoder, tokenizer) in zip(rows, _encoders(pipe)):
         width = encoder.get_input_embeddings().weight.shape[1]
         if row.shape[1] != width:
-            raise ValueError(f"the subject in {subject.folder} was made for {subject.base}: its token embeddings have width {row.shape[1]}, this model's {width}")
+            raise ValueError(f"the subject in {subject.folder} was made for {subject.base}: its token "
+                             f"embeddings have width {row.shape[1]}, this model's {width}")
         for token in tokens:
-            if token in tokenizer.get_vocab(): raise ValueError(f"the token {token!r} of the subject in {subject.folder} is in the tokenizer's vocabulary already")
+            if token in tokenizer.get_vocab():
+                raise ValueError(f"the token {token!r} of the subject in {subject.folder} is in the "
+                                 f"tokenizer's vocabulary already")
 
 def _load_lora(pipe, folder, name):
     "As `pipe.load_lora_weights`, which warns about the text encoders where a file holds nothing for them."
-    state, alphas, metadata = pipe.lora_state_dict(folder, weight_name=LORA_FILE, unet_config=pipe.unet.config, return_lora_metadata=True)
-    if any(k.startswith("text_encoder") for k in state): pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
-    else: pipe.load_lora_into_unet(state, network_alphas=alphas, unet=pipe.unet, adapter_name=name, metadata=metadata, _pipeline=pipe)
+    state, alphas, metadata = pipe.lora_state_dict(folder, weight_name=LORA_FILE,
+                                                   unet_config=pipe.unet.config, return_lora_metadata=True)
+    if any(k.startswith("text_encoder") for k in state):
+        pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
+    else:
+        pipe.load_lora_into_unet(state, network_alphas=alphas, unet=pipe.unet, adapter_name=name,
+                                 metadata=metadata, _pipeline=pipe)
 
 def load_subject(pipe, folder, name: str = "subject"):
     """Load a saved subject: its LoRA as adapter `name`, its learned tokens into both text encoders. Returns the pipeline.
@@ -258,7 +316,8 @@ def load_subject(pipe, folder, name: str = "subject"):
     check_base(subject, pipe.unet, str(pipe.config.get("_name_or_path") or "this model"))
     if name in pipe.subjects: pipe.unload_subject(name)
     others = list(pipe.unet.active_adapters()) if getattr(pipe.unet, "peft_config", None) else []
-    if name in getattr(pipe.unet, "peft_config", {}): raise ValueError(f"load_subject: the pipeline has an adapter {name!r} of another origin; pass name=")
+    if name in getattr(pipe.unet, "peft_config", {}):
+        raise ValueError(f"load_subject: the pipeline has an adapter {name!r} of another origin; pass name=")
     if learned := load_tokens(subject.folder): _check_tokens(pipe, subject, *learned)
     if (Path(subject.folder) / LORA_FILE).is_file():
         _load_lora(pipe, subject.folder, name)
@@ -266,10 +325,12 @@ def load_subject(pipe, folder, name: str = "subject"):
     if learned:
         tokens, *rows = learned
         for row, (encoder, tokenizer) in zip(rows, _encoders(pipe)):
-            pipe.load_textual_inversion(row, token=tokens if len(tokens) > 1 else tokens[0], text_encoder=encoder, tokenizer=tokenizer)
+            pipe.load_textual_inversion(row, token=tokens if len(tokens) > 1 else tokens[0],
+                                        text_encoder=encoder, tokenizer=tokenizer)
             pool_at_eos(tokenizer, encoder)
         # of one token with several rows, diffusers names the further ones <dog>_1, <dog>_2, …
-        pipe._words[name] = tokens + [f"{tokens[0]}_{i}" for i in range(1, len(rows[0]))] if len(tokens) == 1 else tokens
+        pipe._words[name] = tokens + [f"{tokens[0]}_{i}"
+                                      for i in range(1, len(rows[0]))] if len(tokens) == 1 else tokens
     pipe.subjects[name] = subject
     return pipe
 
@@ -278,14 +339,16 @@ SubjectPipeline.load_subject = load_subject
 # %% ../../nbs/2_machine/05_pipeline.ipynb #c023
 def unload_subject(pipe, name: str | None = None):
     "Take the adapter and tokens of a subject out again (None: of every subject). Returns the pipeline."
-    if name is not None and name not in pipe.subjects: raise ValueError(f"unload_subject: no subject {name!r}; loaded are {sorted(pipe.subjects)}")
+    if name is not None and name not in pipe.subjects:
+        raise ValueError(f"unload_subject: no subject {name!r}; loaded are {sorted(pipe.subjects)}")
     for name in [name] if name else list(pipe.subjects):
         del pipe.subjects[name]
         if name in getattr(pipe.unet, "peft_config", {}):
             if len(pipe.unet.peft_config) > 1: pipe.delete_adapters(name)
             else: pipe.unload_lora_weights()
         if words := pipe._words.pop(name, None):
-            for encoder, tokenizer in _encoders(pipe): pipe.unload_textual_inversion(words, tokenizer, encoder)
+            for encoder, tokenizer in _encoders(pipe):
+                pipe.unload_textual_inversion(words, tokenizer, encoder)
     return pipe
 
 SubjectPipeline.unload_subject = unload_subject

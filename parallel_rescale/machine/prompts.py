@@ -27,7 +27,9 @@ def derive_base(prompt: str,      # "a <dog> in the snow"
         article = match["article"] or ""
         if article: article = article[0] + ("n" if class_noun[:1].lower() in "aeiou" else "") + match["space"]
         return article + class_noun
-    return re.sub(rf"(?:\b(?P<article>[Aa]n?)(?P<space>\s+))?{left}{re.escape(token)}{right}(?:\s+{noun}\b)?", write, prompt)
+    return re.sub(
+        rf"(?:\b(?P<article>[Aa]n?)(?P<space>\s+))?{left}{re.escape(token)}{right}(?:\s+{noun}\b)?", write,
+                  prompt)
 
 # %% ../../nbs/2_machine/02_prompts.ipynb #c007
 def subject_prompt(text: str, token: str) -> str:
@@ -44,9 +46,11 @@ class PromptEmbeds:
     "A prompt as the UNet sees it: one row for each picture of the batch, or one row for all."
     hidden: torch.Tensor                          # [B or 1, L, D]: every token
     pooled: torch.Tensor | None = None            # [B or 1, P]: the whole sentence (SDXL); None for SD 1.5
-    added: Mapping = field(default_factory=dict)  # further `added_cond_kwargs` of this prompt alone, e.g. its own time_ids
+    # further `added_cond_kwargs` of this prompt alone, e.g. its own time_ids
+    added: Mapping = field(default_factory=dict)
 
-def encode_prompts(pipe,                       # any diffusers pipeline with `encode_prompt` (SDXL's or SD 1.5's)
+def encode_prompts(
+        pipe,                       # any diffusers pipeline with `encode_prompt` (SDXL's or SD 1.5's)
                    prompts: Mapping,           # branch prompt name → text, list of texts, or None: the pipeline's own empty prompt
                    num_images_per_prompt=1,
                    **kwargs,                   # passed on to `encode_prompt`, e.g. clip_skip
@@ -55,6 +59,8 @@ def encode_prompts(pipe,                       # any diffusers pipeline with `en
     def encode(text):
         with torch.no_grad():
             made = pipe.encode_prompt(prompt="" if text is None else text, device=pipe._execution_device,
-                                      num_images_per_prompt=num_images_per_prompt, do_classifier_free_guidance=text is None, **kwargs)
-        return PromptEmbeds(*made[1 if text is None else 0::2])   # (cond, uncond[, pooled cond, pooled uncond])
+                                      num_images_per_prompt=num_images_per_prompt,
+                                      do_classifier_free_guidance=text is None, **kwargs)
+        # (cond, uncond[, pooled cond, pooled uncond])
+        return PromptEmbeds(*made[1 if text is None else 0::2])
     return {name: encode(text) for name, text in prompts.items()}

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from ..tools.embedded import TINY_SDXL
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c010
-_SIZES = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "transformer_layers_per_block",
+_SIZES = ("in_channels", "out_channels", "block_out_channels", "layers_per_block",
+          "transformer_layers_per_block",
           "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 
 def base_signature(unet) -> dict:
@@ -28,12 +29,15 @@ def base_signature(unet) -> dict:
     return json.loads(json.dumps({name: unet.config.get(name) for name in _SIZES}))
 
 def check_base(subject: "Subject", unet, name: str) -> None:
-    "ValueError, naming both models, where `subject` was made for another kind of UNet than `unet` of the model `name`."
+    """ValueError, naming both models, where `subject` was made for another kind of UNet than `unet` of
+    the model `name`."""
     here = base_signature(unet)
     differs = [k for k, v in subject.signature.items() if here.get(k, v) != v]
     if differs:
-        raise ValueError(f"the subject in {subject.folder} was made for {subject.base}, which does not fit {name}: " +
-                         "; ".join(f"{k} is {subject.signature[k]} there and {here[k]} here" for k in differs))
+        raise ValueError(
+            f"the subject in {subject.folder} was made for {subject.base}, which does not fit {name}: " +
+                         "; ".join(f"{k} is {subject.signature[k]} there and {here[k]} here"
+                                   for k in differs))
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c102
 TORCHAO = 'pip install --no-deps -U "torchao>=0.16"'
@@ -43,36 +47,45 @@ def check_torchao():
     from peft.import_utils import is_torchao_available
     try: is_torchao_available()
     except ImportError as error:
-        raise ImportError(f"PEFT makes and loads no LoRA here ({error}); run: {TORCHAO} (and restart)") from None
+        raise ImportError(
+            f"PEFT makes and loads no LoRA here ({error}); run: {TORCHAO} (and restart)") from None
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c105
 def share(file):
-    "Give a file, in place, the access rights of any new file in its folder (what the umask leaves); its path."
+    """Give a file, in place, the access rights of any new file in its folder (what the umask leaves); its
+    path."""
     fresh = Path(f"{file}.mode")
-    fresh.touch()                                          # asks the system, for reading the umask means to change it
+    # asks the system, for reading the umask means to change it
+    fresh.touch()
     try: os.chmod(file, fresh.stat().st_mode & 0o777)
     finally: fresh.unlink()
     return Path(file)
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c012
-_ALWAYS = ("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")     # of an adapter's settings
+# of an adapter's settings
+_ALWAYS = ("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
 LORA_FILE, TOKENS_FILE, SUBJECT_FILE, CARD_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "subject.json", "README.md"
 
 def save_adapter(unet,                      # a UNet with a LoRA adapter
                  folder,                    # made if it does not exist
                  adapter: str = "default",  # which one
                 ) -> Path:
-    "Write a UNet's LoRA adapter, with its configuration, as `pytorch_lora_weights.safetensors`; the file's path."
+    """Write a UNet's LoRA adapter, with its configuration, as `pytorch_lora_weights.safetensors`; the
+    file's path."""
     from diffusers import StableDiffusionXLPipeline
     from peft import LoraConfig, get_peft_model_state_dict
     if adapter not in getattr(unet, "peft_config", {}):
-        raise ValueError(f"adapter={adapter!r}: the UNet has {sorted(getattr(unet, 'peft_config', {})) or 'no adapter'}")
+        raise ValueError(
+            f"adapter={adapter!r}: the UNet has {sorted(getattr(unet, 'peft_config', {})) or 'no adapter'}")
     # what is at its default stays out: older versions of PEFT fail on settings that they do not know
     config, usual = unet.peft_config[adapter].to_dict(), LoraConfig().to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k in _ALWAYS or v != usual.get(k)}
-    weights = {k: v.detach().to("cpu").contiguous() for k, v in get_peft_model_state_dict(unet, adapter_name=adapter).items()}
+    config = {k: sorted(v) if isinstance(v, set) else v for k,
+              v in config.items() if k in _ALWAYS or v != usual.get(k)}
+    weights = {k: v.detach().to("cpu").contiguous() for k,
+               v in get_peft_model_state_dict(unet, adapter_name=adapter).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights,
+                                                unet_lora_adapter_metadata=config)
     return share(Path(folder) / LORA_FILE)
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c014
@@ -81,25 +94,30 @@ def save_tokens(folder,        # made if it does not exist
                 clip_l,        # rows for the first text encoder, [n, D₁]
                 clip_g,        # rows for the second, [n, D₂]
                ) -> Path:
-    "Write learned token embeddings as `learned_embeds.safetensors`; one token with several rows is a multi-vector token."
+    """Write learned token embeddings as `learned_embeds.safetensors`; one token with several rows is a
+    multi-vector token."""
     tokens = [tokens] if isinstance(tokens, str) else list(tokens)
     rows = {"clip_l": clip_l, "clip_g": clip_g}
     for key, value in rows.items():
         if value.ndim != 2 or len(value) != len(clip_l) or len(tokens) not in (1, len(value)):
-            raise ValueError(f"{key}: expected [n, D] with a row for each of {tokens}, got {list(value.shape)}")
-        if not torch.isfinite(value).all(): raise ValueError(f"{key}: the token embeddings hold NaN or infinite values")
+            raise ValueError(
+                f"{key}: expected [n, D] with a row for each of {tokens}, got {list(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key}: the token embeddings hold NaN or infinite values")
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().to("cpu").contiguous() for k, v in rows.items()}, Path(folder) / TOKENS_FILE,
               metadata={"format": "pt", "tokens": json.dumps(tokens)})
     return share(Path(folder) / TOKENS_FILE)
 
 def load_tokens(folder) -> tuple[list[str], torch.Tensor, torch.Tensor] | None:
-    "(tokens, clip_l, clip_g) as `save_tokens` wrote them, on the CPU; None where the subject has no learned tokens."
+    """(tokens, clip_l, clip_g) as `save_tokens` wrote them, on the CPU; None where the subject has no
+    learned tokens."""
     file = Path(folder) / TOKENS_FILE
     if not file.is_file(): return None
     with safe_open(file, "pt") as f: header, rows = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     if {"clip_l", "clip_g"} - rows.keys() or "tokens" not in header:
-        raise ValueError(f"{file}: expected the tensors clip_l and clip_g and the token strings in the header, got {sorted(rows)} and {sorted(header)}")
+        raise ValueError(f"{file}: expected the tensors clip_l and clip_g and the token strings in the "
+                         f"header, got {sorted(rows)} and {sorted(header)}")
     return json.loads(header["tokens"]), rows["clip_l"], rows["clip_g"]
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c017
@@ -134,7 +152,8 @@ class Subject:
     def __post_init__(self):
         for name in ("token", "class_noun", "base"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip(): raise ValueError(f"Subject: {name} must be a non-empty text, got {value!r}")
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"Subject: {name} must be a non-empty text, got {value!r}")
         object.__setattr__(self, "folder", str(self.folder))
 
     @property
@@ -144,12 +163,14 @@ class Subject:
 
     @property
     def base_options(self) -> dict:
-        "The arguments `variant` and `revision` of `from_pretrained` with which `base` was loaded, as far as they were given."
+        """The arguments `variant` and `revision` of `from_pretrained` with which `base` was loaded, as
+        far as they were given."""
         return {name: self.settings[name] for name in ("variant", "revision") if self.settings.get(name)}
 
     @property
     def vae(self) -> str | None:
-        "The VAE that stood in for the base's own, a diffusers folder or a name on the hub; None: there was none."
+        """The VAE that stood in for the base's own, a diffusers folder or a name on the hub; None: there
+        was none."""
         return self.settings.get("vae")
 
 # %% ../../nbs/2_machine/04_saved_subject.ipynb #c022
@@ -158,7 +179,8 @@ def _subject_files(folder: Path) -> Path:
     if not folder.is_dir(): raise FileNotFoundError(f"subject: there is no folder {folder}")
     note = folder / SUBJECT_FILE
     if not note.is_file():
-        raise FileNotFoundError(f"subject: {folder} has no {SUBJECT_FILE}, so it is not a saved subject. `finetune` writes one; "
+        raise FileNotFoundError(
+            f"subject: {folder} has no {SUBJECT_FILE}, so it is not a saved subject. `finetune` writes one; "
                                 "a LoRA made elsewhere loads with pipe.load_lora_weights")
     if not any((folder / f).is_file() for f in (LORA_FILE, TOKENS_FILE)):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -167,7 +189,8 @@ def _subject_files(folder: Path) -> Path:
     for file in filter(Path.is_file, (folder / LORA_FILE, folder / TOKENS_FILE)):
         try:
             with safe_open(file, "pt"): pass
-        except Exception as error: raise ValueError(f"{file}: cannot be read as safetensors ({error}); it may be cut off") from None
+        except Exception as error:
+            raise ValueError(f"{file}: cannot be read as safetensors ({error}); it may be cut off") from None
     return note
 
 def load_subject(folder) -> Subject:
@@ -179,7 +202,8 @@ def load_subject(folder) -> Subject:
     missing = [f for f in ("token", "class_noun", "base") if not (isinstance(known, dict) and known.get(f))]
     if missing: raise ValueError(f"{note}: {missing[0]!r} is missing; write it by hand or fine-tune again")
     if known["base"] == _TINY: known["base"] = TINY_SDXL
-    return Subject(**{f.name: known[f.name] for f in fields(Subject) if f.name in known} | {"folder": str(folder)})
+    return Subject(**{f.name: known[f.name] for f in fields(Subject)
+                      if f.name in known} | {"folder": str(folder)})
 
 Subject.load = staticmethod(load_subject)
 
@@ -187,8 +211,10 @@ Subject.load = staticmethod(load_subject)
 def model_card(subject: Subject, pictures=()) -> str:
     "A README.md for a subject's folder: what it is and how to load it, with and without this package."
     base, place, imported = subject.base, f'"{subject.base}"', ""
-    if base == TINY_SDXL: base, place, imported = _TINY, "TINY_SDXL", "\nfrom parallel_rescale import TINY_SDXL  # where the embedded model lies"
-    options = "".join(f", {k}={json.dumps(v)}" for k, v in subject.base_options.items()) + (", vae=vae" if subject.vae else "")
+    if base == TINY_SDXL:
+        base, place, imported = _TINY, "TINY_SDXL", "\nfrom parallel_rescale import TINY_SDXL  # where the embedded model lies"
+    options = "".join(f", {k}={json.dumps(v)}" for k, v in subject.base_options.items()) + (", vae=vae"
+        if subject.vae else "")
     vae = f"vae = AutoencoderKL.from_pretrained({json.dumps(subject.vae)})\n" if subject.vae else ""
     classes = "AutoencoderKL, StableDiffusionXLPipeline" if subject.vae else "StableDiffusionXLPipeline"
     ours = "from diffusers import AutoencoderKL\n" if subject.vae else ""
@@ -239,12 +265,14 @@ def save_subject(subject: Subject, folder=None, pictures=()) -> Subject:
     folder = Path(folder or subject.folder or ".").expanduser()
     card = folder / CARD_FILE
     if card.is_file() and "parallel-rescale" not in card.read_text(encoding="utf-8"):
-        raise FileExistsError(f"subject: {card} was written by something else; choose another folder or move it away")
+        raise FileExistsError(
+            f"subject: {card} was written by something else; choose another folder or move it away")
     saved = replace(subject, folder=str(folder), versions=subject.versions or installed_versions())
     note = {k: v for k, v in asdict(saved).items() if k != "folder"}
     if saved.base == TINY_SDXL: note["base"] = _TINY
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUBJECT_FILE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / SUBJECT_FILE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n",
+                                       encoding="utf-8")
     card.write_text(model_card(saved, pictures), encoding="utf-8")
     return saved
 

@@ -10,5 +10,6 @@ def cfg(uncond, # prediction without the prompt: tensor [B, C, H, W] (or a plain
         cond, # prediction with the prompt, same shape
         scale: float, # ω: 0 gives `uncond`, 1 gives `cond`, above 1 goes beyond it
        ):
-    "Classifier-free guidance (Ho & Salimans 2022, Eq. 6, in the scale of Imagen and diffusers): uncond + scale·(cond − uncond)."
+    """Classifier-free guidance (Ho & Salimans 2022, Eq. 6, in the scale of Imagen and diffusers): uncond
+    + scale·(cond − uncond)."""
     return uncond + scale * (cond - uncond)

@@ -46,7 +46,8 @@ def sample_by_hand(pipe, # a diffusers StableDiffusionXLPipeline with a subject'
     unet, scheduler = pipe.unet, pipe.scheduler
     side = unet.config.sample_size * pipe.vae_scale_factor
     sizes = unet.conv_in.weight.new_tensor([[side, side, 0, 0, side, side]]).repeat(len(prompts), 1)
-    def encode(texts): return pipe.encode_prompt(texts, device=unet.device, do_classifier_free_guidance=False)[::2]
+    def encode(texts):
+        return pipe.encode_prompt(texts, device=unet.device, do_classifier_free_guidance=False)[::2]
     def predict(x, t, embeds):
         return unet(x, t, embeds[0], added_cond_kwargs=dict(text_embeds=embeds[1], time_ids=sizes)).sample
 
@@ -82,8 +83,10 @@ def load_example_subject(pipe, # a diffusers StableDiffusionXLPipeline of the em
     pipe.load_lora_weights(folder, adapter_name="subject")
     if (tokens := folder / "learned_embeds.safetensors").is_file():
         rows = load_file(tokens)
-        pipe.load_textual_inversion(rows["clip_l"], note["token"], text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-        pipe.load_textual_inversion(rows["clip_g"], note["token"], text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+        pipe.load_textual_inversion(rows["clip_l"], note["token"], text_encoder=pipe.text_encoder,
+                                    tokenizer=pipe.tokenizer)
+        pipe.load_textual_inversion(rows["clip_g"], note["token"], text_encoder=pipe.text_encoder_2,
+                                    tokenizer=pipe.tokenizer_2)
     return note["token"], note["class_noun"]
 
 # %% ../../nbs/1_method/03_consistency.ipynb #c021
@@ -91,12 +94,15 @@ def consistency_ratio(g_cons, # ε_θ(c_subj) − ε_φ(c_base), [B, C, H, W]
                       g_text, # ε_φ(c_base) − ε_φ(∅), [B, C, H, W]
                       dims=(1,), # (1,) per location; (1, 2, 3) one number per sample
                      ): # p: [B, 1, H, W], float32
-    "Consistency_p (arXiv 2506.00607): how far the consistency direction runs along the text direction; 0 where g_text is 0."
+    """Consistency_p (arXiv 2506.00607): how far the consistency direction runs along the text direction;
+    0 where g_text is 0."""
     return coefficient(g_cons, g_text, dims)
 
 # %% ../../nbs/1_method/03_consistency.ipynb #c027
 def ratio_summary(p): # p [B, 1, H, W] from `consistency_ratio`
     "Mean, standard deviation and quantiles of p over the locations of each sample: a dict of [B] tensors."
     p = p.flatten(1)
-    quantiles = torch.quantile(p, torch.tensor([.05, .25, .5, .75, .95], dtype=p.dtype, device=p.device), dim=1)
-    return dict(mean=p.mean(1), std=p.std(1, unbiased=False), **dict(zip(("q05", "q25", "q50", "q75", "q95"), quantiles)))
+    quantiles = torch.quantile(p, torch.tensor([.05, .25, .5, .75, .95], dtype=p.dtype, device=p.device),
+                               dim=1)
+    return dict(mean=p.mean(1), std=p.std(1, unbiased=False),
+                **dict(zip(("q05", "q25", "q50", "q75", "q95"), quantiles)))

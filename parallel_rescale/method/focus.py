@@ -31,7 +31,8 @@ def bearable(g_cons, # consistency direction [B, C, H, W]
 # %% ../../nbs/1_method/10_focus.ipynb #c008
 @dataclass(frozen=True, repr=False)
 class TextFloor(SubjectGuidance):
-    "Consistency guidance with the largest weight ω ≤ ω_cons that leaves the text the share `keep` of its push, Eq. (2) (this project's)."
+    """Consistency guidance with the largest weight ω ≤ ω_cons that leaves the text the share `keep` of
+    its push, Eq. (2) (this project's)."""
     name, title, color = "text_floor", "text floor", "#117733"
     keep: Share = 0.8 # κ
 
@@ -43,11 +44,13 @@ class TextFloor(SubjectGuidance):
 # %% ../../nbs/1_method/10_focus.ipynb #c012
 @dataclass(frozen=True, repr=False)
 class OwnWords(SubjectGuidance):
-    "The direction ε_θ(c_ref^subj) − ε_φ(c_ref), Eq. (3): the subject as its references' own prompt tells it (this project's)."
+    """The direction ε_θ(c_ref^subj) − ε_φ(c_ref), Eq. (3): the subject as its references' own prompt
+    tells it (this project's)."""
     name, title, color = "own_words", "own words", "#332288"
 
     @property
-    def branches(self): return Branch("null"), Branch("base"), Branch("reference"), Branch("subject_reference", 1.)
+    def branches(self):
+        return Branch("null"), Branch("base"), Branch("reference"), Branch("subject_reference", 1.)
 
     def direction(self, null, base, reference, subject_reference): return subject_reference - reference
 
@@ -66,12 +69,14 @@ def strongest(g, # a direction [B, C, H, W]
 # %% ../../nbs/1_method/10_focus.ipynb #c018
 @dataclass(frozen=True, repr=False)
 class Focus(SubjectGuidance):
-    "Consistency guidance at the `share` of locations where it pushes hardest, Eq. (4); base-model CFG elsewhere (this project's)."
+    """Consistency guidance at the `share` of locations where it pushes hardest, Eq. (4); base-model CFG
+    elsewhere (this project's)."""
     name, title, color = "focus", "focus", "#AA4499"
     share: Share = 0.5 # s
 
     def direction(self, null, base, subject):
-        return (subject - base) * strongest(subject.float() - base.float(), self.share)      # rounded differences would tie
+        # rounded differences would tie
+        return (subject - base) * strongest(subject.float() - base.float(), self.share)
 
 # %% ../../nbs/1_method/10_focus.ipynb #c024
 @dataclass(frozen=True, repr=False)
@@ -81,4 +86,5 @@ class FocusedContrast(StyleContrast):
     share: Share = 0.5 # s
 
     def direction(self, null, base, reference, subject):
-        return super().direction(null, base, reference, subject) * strongest(subject.float() - base.float(), self.share)
+        return super().direction(null, base, reference, subject) * strongest(subject.float() - base.float(),
+            self.share)

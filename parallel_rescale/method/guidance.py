@@ -23,12 +23,14 @@ def _number(owner, name, value):
     try: number = float("nan") if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError): number = float("nan")
     if not math.isfinite(number):
-        raise ValueError(f"{owner}: {name} must be a finite number or a function of the progress, got {value!r}")
+        raise ValueError(
+            f"{owner}: {name} must be a finite number or a function of the progress, got {value!r}")
     return number
 
 def _share(owner, name, value):
     "`value` as a float in [0, 1], or one error that says whose argument it is."
-    if not 0 <= (share := _number(owner, name, value)) <= 1: raise ValueError(f"{owner}: {name} must be in [0, 1], got {value!r}")
+    if not 0 <= (share := _number(owner, name, value)) <= 1:
+        raise ValueError(f"{owner}: {name} must be in [0, 1], got {value!r}")
     return share
 
 # %% ../../nbs/1_method/05_guidance.ipynb #c009
@@ -38,7 +40,8 @@ class _AdapterScales(dict):
     def __reduce__(self): return _AdapterScales, (dict(self),)
 
 def _adapter(owner, name, value):
-    "An adapter scale as a float, or as a mapping adapter name → float (a name alone means that adapter at 1)."
+    """An adapter scale as a float, or as a mapping adapter name → float (a name alone means that adapter
+    at 1)."""
     if isinstance(value, str) and value: value = {value: 1.}
     if not isinstance(value, Mapping): return _number(owner, name, value)
     return _AdapterScales({str(k): _number(owner, f"{name}[{k!r}]", v) for k, v in value.items()})
@@ -48,10 +51,12 @@ def _adapter(owner, name, value):
 class Branch:
     "One prediction a rule needs: a named prompt, read by the model with its adapters at a scale."
     prompt: str # "null", "base", "subject", or another name that the caller gives a prompt for
-    adapter: float | Mapping[str, float] = 0. # 0 = base model φ, 1 = personalised θ; a mapping gives each named adapter its own scale
+    # 0 = base model φ, 1 = personalised θ; a mapping gives each named adapter its own scale
+    adapter: float | Mapping[str, float] = 0.
 
     def __post_init__(self):
-        if not (isinstance(self.prompt, str) and self.prompt): raise ValueError(f"Branch: prompt must be a name, got {self.prompt!r}")
+        if not (isinstance(self.prompt, str) and self.prompt):
+            raise ValueError(f"Branch: prompt must be a name, got {self.prompt!r}")
         object.__setattr__(self, "adapter", _adapter("Branch", "adapter", self.adapter))
 
     @property
@@ -63,10 +68,13 @@ class Branch:
 _CHECKS = {Scale: _number, Share: _share, Adapter: _adapter}
 
 def _resolved(cls, field):
-    "A field's type. A text, as under `from __future__ import annotations`, means what its class's own module says it means."
+    """A field's type. A text, as under `from __future__ import annotations`, means what its class's own
+    module says it means."""
     if not isinstance(field.type, str): return field.type
     owner = next(c for c in cls.__mro__ if field.name in inspect.get_annotations(c))
-    try: return eval(field.type, {"Scale": Scale, "Share": Share, "Adapter": Adapter} | vars(sys.modules[owner.__module__]))
+    try:
+        return eval(field.type, {"Scale": Scale, "Share": Share,
+                                 "Adapter": Adapter} | vars(sys.modules[owner.__module__]))
     except (NameError, AttributeError): return field.type      # a name for type checkers alone is no scale
 
 @cache
@@ -88,16 +96,19 @@ def _class_name(cls):
     package, _, rest = cls.__module__.partition(".")
     return f"{package if package == 'parallel_rescale' else cls.__module__}.{cls.__qualname__}"
 
-def _short(value): return "ƒ" if callable(value) else f"{value:g}" if isinstance(value, float) else "+".join(value)
+def _short(value):
+    return "ƒ" if callable(value) else f"{value:g}" if isinstance(value, float) else "+".join(value)
 
 RULES = {} # name → class of every rule made so far; see `known_rules`
 
 def _register(cls):
-    "Put a rule into `RULES`. A class made again takes its old place, and a notebook's version goes before its module's."
+    """Put a rule into `RULES`. A class made again takes its old place, and a notebook's version goes
+    before its module's."""
     known = RULES.get(cls.name, cls)
     modules = {cls.__module__, known.__module__}
     if cls.__qualname__ != known.__qualname__ or len(modules - {"__main__"}) > 1:
-        raise ValueError(f"guidance rule {cls.name!r}: {cls.__module__}.{cls.__qualname__} would take the name of "
+        raise ValueError(
+            f"guidance rule {cls.name!r}: {cls.__module__}.{cls.__qualname__} would take the name of "
                          f"{known.__module__}.{known.__qualname__}; give it another `name`")
     if cls.__module__ == "__main__" or known.__module__ != "__main__": RULES[cls.name] = cls
 
@@ -109,7 +120,8 @@ class Guidance:
     of its own is in `RULES` from then on; one whose class name begins with an underscore is not."""
     name: ClassVar[str] # the key in `RULES`
     title: ClassVar[str] = "" # how figures and tables call it; default: its name
-    color: ClassVar[str] = "0.45" # of its curves, in every figure; Okabe & Ito's palette, which colour-blind readers can tell apart too
+    # of its curves, in every figure; Okabe & Ito's palette, which colour-blind readers can tell apart too
+    color: ClassVar[str] = "0.45"
     anchor: ClassVar[int] = -1 # the branch that `every` evaluates between full steps
 
     def __init_subclass__(cls, **kwargs):
@@ -119,14 +131,17 @@ class Guidance:
     def __post_init__(self):
         for name, kind in _scale_fields(type(self)).items():
             value = getattr(self, name)
-            if not callable(value): object.__setattr__(self, name, _CHECKS[kind](type(self).__name__, name, value))
+            if not callable(value):
+                object.__setattr__(self, name, _CHECKS[kind](type(self).__name__, name, value))
 
     def _leading(self): return list(takewhile(lambda f: f.name in _scale_fields(type(self)), fields(self)))
-    def _weights(self): return [f.name for f in self._leading() if _scale_fields(type(self))[f.name] != Adapter]
+    def _weights(self):
+        return [f.name for f in self._leading() if _scale_fields(type(self))[f.name] != Adapter]
 
     def at(self, progress: float) -> "Guidance":
         "This rule with every scale that is a function replaced by its value at `progress` in [0, 1]."
-        moving = {name: v(progress) for name in _scale_fields(type(self)) if callable(v := getattr(self, name))}
+        moving = {name: v(progress) for name in _scale_fields(type(self))
+                  if callable(v := getattr(self, name))}
         return replace(self, **moving) if moving else self
 
     @property
@@ -150,7 +165,8 @@ class Guidance:
         moments = [self.at(u) for u in (0., .25, .5, .75, 1.)]
         def value(name):
             mine = getattr(self, name)
-            return [_plain(getattr(m, name)) for m in moments] if callable(mine) and name in _scale_fields(type(self)) else _plain(mine)
+            return [_plain(getattr(m, name)) for m in moments] if callable(mine) and name in _scale_fields(
+                type(self)) else _plain(mine)
         names = [f.name for f in fields(self)] if is_dataclass(self) else []
         return {"class": _class_name(type(self))} | {name: value(name) for name in names}
 
@@ -163,7 +179,8 @@ class Guidance:
     def _notes(self) -> list[str]:
         "What follows the scales in `label`: those further down that are not at their defaults."
         further = _scale_fields(type(self)).keys() - {*self._weights(), "adapter"}
-        return [f"{f.name} {_short(getattr(self, f.name))}" for f in fields(self) if f.name in further and getattr(self, f.name) != f.default]
+        return [f"{f.name} {_short(getattr(self, f.name))}" for f in fields(self) if f.name in further
+                and getattr(self, f.name) != f.default]
 
     @property
     def needs_subject(self) -> bool:

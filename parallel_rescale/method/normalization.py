@@ -11,7 +11,8 @@ from .projection import coefficient
 
 # %% ../../nbs/1_method/04_normalization.ipynb #c008
 def _moments(p):
-    "Mean and standard deviation over everything but the batch, kept broadcastable, and a mask of samples whose p is constant."
+    """Mean and standard deviation over everything but the batch, kept broadcastable, and a mask of
+    samples whose p is constant."""
     dims = tuple(range(1, p.ndim))
     mean = p.mean(dims, keepdim=True)
     std = (p - mean).square().mean(dims, keepdim=True).sqrt()
@@ -20,7 +21,8 @@ def _moments(p):
     return mean, std, flat
 
 def normalize_ratio(p): # p [B, 1, H, W]
-    "p̂ = (p − μ)/σ over the locations of each sample (our reading of arXiv 2506.00607, Eq. 7), float32; 0 where σ is ~0."
+    """p̂ = (p − μ)/σ over the locations of each sample (our reading of arXiv 2506.00607, Eq. 7), float32;
+    0 where σ is ~0."""
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     mean, std, flat = _moments(p)
     return torch.where(flat, 0., (p - mean) / std)

@@ -27,10 +27,13 @@ def _own_modules():
 
 @cache
 def _plugins():
-    "Import what other packages name under the entry point 'parallel_rescale.rules'; one that fails says so and is left out."
+    """Import what other packages name under the entry point 'parallel_rescale.rules'; one that fails says
+    so and is left out."""
     for point in entry_points(group="parallel_rescale.rules"):
         try: point.load()
-        except Exception as e: warnings.warn(f"the rules of {point.value} ({point.dist.name}) were not loaded: {type(e).__name__}: {e}")
+        except Exception as e:
+            warnings.warn(
+                f"the rules of {point.value} ({point.dist.name}) were not loaded: {type(e).__name__}: {e}")
 
 def known_rules() -> dict[str, type[Guidance]]:
     "Name → class of all rules of this package and of installed plug-ins, whatever was imported before."

@@ -28,7 +28,8 @@ def _shortened(d, norm):
 
 @dataclass(frozen=True, repr=False)
 class APG(Guidance):
-    "Adaptive projected guidance (arXiv 2410.02416, Alg. 1, on the model's own prediction): e(c) + (ω−1)·(d_⊥ + η·d_∥)."
+    """Adaptive projected guidance (arXiv 2410.02416, Alg. 1, on the model's own prediction): e(c) +
+    (ω−1)·(d_⊥ + η·d_∥)."""
     name, title, color = "apg", "APG", "#88CCEE"
     scale: Scale = 5.0 # ω
     eta: Scale = 0.0 # η: what is kept of the part along the prediction
@@ -55,7 +56,8 @@ class APG(Guidance):
 # %% ../../nbs/1_method/11_rivals.ipynb #r011
 @dataclass(frozen=True, repr=False)
 class CFGZero(Guidance):
-    "CFG-Zero* (arXiv 2503.18886) without its zero start: α·e(∅) + ω·(e(c) − α·e(∅)), α the best size of e(∅) for e(c)."
+    """CFG-Zero* (arXiv 2503.18886) without its zero start: α·e(∅) + ω·(e(c) − α·e(∅)), α the best size of
+    e(∅) for e(c)."""
     name, title, color = "cfg_zero", "CFG-Zero*", "#44AA99"
     scale: Scale = 5.0 # ω
     adapter: Adapter = 1.0
@@ -78,7 +80,8 @@ def _tangent(null, cond):
 
 @dataclass(frozen=True, repr=False)
 class TangentialCFG(Guidance):
-    "Tangential CFG (arXiv 2503.18137): CFG whose null prediction keeps only its part along what both predictions share."
+    """Tangential CFG (arXiv 2503.18137): CFG whose null prediction keeps only its part along what both
+    predictions share."""
     name, title, color = "tangential", "tangential CFG", "#DDCC77"
     scale: Scale = 5.0 # ω
     adapter: Adapter = 1.0
@@ -88,7 +91,8 @@ class TangentialCFG(Guidance):
 
 # %% ../../nbs/1_method/11_rivals.ipynb #r014
 def blur(x): # [B, C, H, W]
-    "`x` smoothed by the 5×5 binomial kernel of Burt & Adelson (1983), its border repeated; same shape and dtype."
+    """`x` smoothed by the 5×5 binomial kernel of Burt & Adelson (1983), its border repeated; same shape
+    and dtype."""
     taps = torch.tensor([1., 4., 6., 4., 1.], device=x.device) / 16
     kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 5, 5)
     padded = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 2, 2, 2), mode="replicate")
@@ -96,7 +100,8 @@ def blur(x): # [B, C, H, W]
 
 @dataclass(frozen=True, repr=False)
 class FrequencyGuidance(Guidance):
-    "Frequency-decoupled guidance (arXiv 2506.19713) with two bands: e(∅) + ω_low·blur(d) + ω_high·(d − blur(d))."
+    """Frequency-decoupled guidance (arXiv 2506.19713) with two bands: e(∅) + ω_low·blur(d) + ω_high·(d −
+    blur(d))."""
     name, title, color = "frequency", "frequency-decoupled", "#CC6677"
     low: Scale = 3.0 # ω_low, of the coarse structure
     high: Scale = 6.0 # ω_high, of the fine one
@@ -111,7 +116,8 @@ class FrequencyGuidance(Guidance):
 # %% ../../nbs/1_method/11_rivals.ipynb #r017
 @dataclass(frozen=True, repr=False)
 class PerpNeg(Guidance):
-    "Perp-Neg (arXiv 2304.04968) on the personalised model, the references' own prompt as the negative: e(∅) + ω·(d₊ − λ·d₋⊥)."
+    """Perp-Neg (arXiv 2304.04968) on the personalised model, the references' own prompt as the negative:
+    e(∅) + ω·(d₊ − λ·d₋⊥)."""
     name, title, color = "perp_neg", "Perp-Neg", "#6699CC"
     scale: Scale = 5.0 # ω
     negative: Scale = 0.5 # λ
@@ -126,7 +132,8 @@ class PerpNeg(Guidance):
 # %% ../../nbs/1_method/11_rivals.ipynb #r020
 @dataclass(frozen=True, repr=False)
 class AutoLoRA(Guidance):
-    "AutoLoRA (arXiv 2410.03941, from its abstract): E₀ + γ·(E₁ − E₀), E₀ = CFG on the base model, E₁ = CFG on the personalised one."
+    """AutoLoRA (arXiv 2410.03941, from its abstract): E₀ + γ·(E₁ − E₀), E₀ = CFG on the base model, E₁ =
+    CFG on the personalised one."""
     name, title, color = "autolora", "AutoLoRA", "#997700"
     anchor = 1
     text: Scale = 5.0 # ω of CFG on the base model
@@ -141,7 +148,8 @@ class AutoLoRA(Guidance):
 
 @dataclass(frozen=True, repr=False)
 class SuperclassMix(Guidance):
-    "Mixed sampling with the superclass (arXiv 2502.05895): e(∅,1) + s₁·(e(c_subj,1) − e(∅,1)) + s₂·(e(c_base,1) − e(∅,1))."
+    """Mixed sampling with the superclass (arXiv 2502.05895): e(∅,1) + s₁·(e(c_subj,1) − e(∅,1)) +
+    s₂·(e(c_base,1) − e(∅,1))."""
     name, title, color = "superclass", "superclass mix", "#EE7733"
     subject: Scale = 3.5 # s₁
     text: Scale = 3.5 # s₂
@@ -149,13 +157,15 @@ class SuperclassMix(Guidance):
     @property
     def branches(self): return Branch("null", 1.), Branch("base", 1.), Branch("subject", 1.)
 
-    def combine(self, null, base, subject): return null + self.subject * (subject - null) + self.text * (base - null)
+    def combine(self, null, base, subject):
+        return null + self.subject * (subject - null) + self.text * (base - null)
 
 PARTS = ("all", "along", "across")
 
 @dataclass(frozen=True, repr=False)
 class WeakLoRA(Guidance):
-    "CFG on the personalised model plus what its adapter at full strength says beyond itself at `weak` (ComfyUI-AutoGuidance's modes)."
+    """CFG on the personalised model plus what its adapter at full strength says beyond itself at `weak`
+    (ComfyUI-AutoGuidance's modes)."""
     name, title, color = "weak_lora", "weak LoRA", "#BB5566"
     scale: Scale = 5.0 # ω of CFG
     amount: Scale = 1.0 # of what the weak adapter lacks
@@ -183,11 +193,14 @@ class Switch(_Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.early, Guidance): raise ValueError(f"switch: early must be a guidance rule, got {self.early!r}")
-        if not 0 <= self.at_share <= 1: raise ValueError(f"switch: at must be in [0, 1], got {self.at_share!r}")
+        if not isinstance(self.early, Guidance):
+            raise ValueError(f"switch: early must be a guidance rule, got {self.early!r}")
+        if not 0 <= self.at_share <= 1:
+            raise ValueError(f"switch: at must be in [0, 1], got {self.at_share!r}")
 
     @property
-    def branches(self): return *(b for b in self.early.branches if b not in self.rule.branches), *self.rule.branches
+    def branches(self):
+        return *(b for b in self.early.branches if b not in self.rule.branches), *self.rule.branches
     @property
     def needs_subject(self): return self.rule.needs_subject or self.early.needs_subject
     def combine(self, *predictions): return self.rule.combine(*predictions[-len(self.rule.branches):])
@@ -211,7 +224,8 @@ def switch(early: Guidance, late: Guidance, at: float = .3) -> Guidance:
 # %% ../../nbs/1_method/11_rivals.ipynb #r026
 @dataclass(frozen=True, repr=False)
 class LoRAComposite(Guidance):
-    "LoRA Composite (arXiv 2402.16843): CFG of the means over adapters, each alone with the one prompt that names all subjects."
+    """LoRA Composite (arXiv 2402.16843): CFG of the means over adapters, each alone with the one prompt
+    that names all subjects."""
     name, title, color = "composite", "LoRA composite", "#225555"
     scale: Scale = 5.0 # ω
     subjects: tuple = ("subject",) # names of adapters; a text joined by "+" is taken apart
@@ -220,11 +234,13 @@ class LoRAComposite(Guidance):
         super().__post_init__()
         names = tuple(self.subjects.split("+") if isinstance(self.subjects, str) else self.subjects)
         if not names or not all(isinstance(n, str) and n for n in names) or len({*names}) < len(names):
-            raise ValueError(f"LoRAComposite: subjects must be different names of adapters, got {self.subjects!r}")
+            raise ValueError(
+                f"LoRAComposite: subjects must be different names of adapters, got {self.subjects!r}")
         object.__setattr__(self, "subjects", names)
 
     @property
-    def branches(self): return *(Branch("null", n) for n in self.subjects), *(Branch("subject", n) for n in self.subjects)
+    def branches(self):
+        return *(Branch("null", n) for n in self.subjects), *(Branch("subject", n) for n in self.subjects)
 
     def combine(self, *predictions):
         null, cond = torch.stack(predictions).unflatten(0, (2, len(self.subjects))).mean(1)

@@ -24,7 +24,9 @@ class CFG(Guidance):
     adapter: Adapter = 1.0 # 1 = the personalised model θ; 0 = the base model φ with the base prompt
 
     def __post_init__(self):
-        if callable(self.adapter): raise ValueError("CFG: adapter says which model is guided and cannot be a function of the progress")
+        if callable(self.adapter):
+            raise ValueError(
+                "CFG: adapter says which model is guided and cannot be a function of the progress")
         super().__post_init__()
 
     @property
@@ -40,7 +42,8 @@ class CFG(Guidance):
 # %% ../../nbs/1_method/06_rules.ipynb #c020
 @dataclass(frozen=True, repr=False)
 class SubjectGuidance(Guidance):
-    "What rules of the form ε_φ(∅) + ω_text·g_text + ω_cons·direction share. Default scales: arXiv 2506.00607."
+    """What rules of the form ε_φ(∅) + ω_text·g_text + ω_cons·direction share. Default scales: arXiv
+    2506.00607."""
     anchor = 1
     text: Scale = 7.5 # ω_text
     consistency: Scale = 3.0 # ω_cons
@@ -74,11 +77,14 @@ class ParallelRescale(SubjectGuidance):
     def __post_init__(self):
         super().__post_init__()
         check_name("ratio", self.ratio, RATIOS)
-        if not isinstance(self.whole, bool): raise ValueError(f"ParallelRescale: whole must be True or False, got {self.whole!r}")
+        if not isinstance(self.whole, bool):
+            raise ValueError(f"ParallelRescale: whole must be True or False, got {self.whole!r}")
 
-    def _notes(self): return [self.ratio] * (self.ratio != "normalize") + super()._notes() + ["whole"] * self.whole
+    def _notes(self):
+        return [self.ratio] * (self.ratio != "normalize") + super()._notes() + ["whole"] * self.whole
 
-    def direction(self, null, base, subject): return parallel_rescale(subject - base, base - null, self.ratio, self.gain, self.whole)
+    def direction(self, null, base, subject):
+        return parallel_rescale(subject - base, base - null, self.ratio, self.gain, self.whole)
 
 # %% ../../nbs/1_method/06_rules.ipynb #c027
 @dataclass(frozen=True, repr=False)

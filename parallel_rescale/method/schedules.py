@@ -18,7 +18,8 @@ class _Wrapper(Guidance):
 
     def __post_init__(self):
         if not isinstance(self.rule, Guidance):
-            raise ValueError(f"{type(self).__name__.lower()}: rule must be a guidance rule, got {self.rule!r}")
+            raise ValueError(
+                f"{type(self).__name__.lower()}: rule must be a guidance rule, got {self.rule!r}")
 
     @property
     def name(self): return self.rule.name
@@ -47,7 +48,8 @@ class Interval(_Wrapper):
     def __post_init__(self):
         super().__post_init__()
         start, stop = _number("interval", "start", self.start), _number("interval", "stop", self.stop)
-        if not 0 <= start < stop <= 1: raise ValueError(f"interval: needs 0 <= start < stop <= 1, got start={start:g}, stop={stop:g}")
+        if not 0 <= start < stop <= 1:
+            raise ValueError(f"interval: needs 0 <= start < stop <= 1, got start={start:g}, stop={stop:g}")
 
     def step(self, i, n, memory):
         if self.start <= i / n < self.stop: return self.rule.step(i, n, memory)
@@ -84,7 +86,8 @@ class Every(_Wrapper):
             return branches, combine
         anchor = branches[self.anchor]
         full = memory.get("full")
-        if full is None or i == full or i - full >= self.k: # i == full: a second stage of the same step (Heun)
+        # i == full: a second stage of the same step (Heun)
+        if full is None or i == full or i - full >= self.k:
             def combine_full(*predictions):
                 guided = combine(*predictions)
                 memory.update(full=i, offset=guided - predictions[self.anchor])

@@ -22,7 +22,8 @@ from ..tools.util import check_name
 def without_conflict(pushes, # d_i, n tensors [B, C, H, W]
                      g_text, # text direction [B, C, H, W]
                     ): # n tensors in the shape and dtype of `pushes`
-    "Eq. (3): each push without what it has, beside the text, against those that are against it; float32 inside."
+    """Eq. (3): each push without what it has, beside the text, against those that are against it; float32
+    inside."""
     dtype = torch.promote_types(g_text.dtype, torch.float32)
     beside = [project(d.to(dtype), g_text.to(dtype))[1] for d in pushes]
     def yielded(push, own):
@@ -31,7 +32,8 @@ def without_conflict(pushes, # d_i, n tensors [B, C, H, W]
     return [yielded(push, own) for push, own in zip(pushes, beside)]
 
 # %% ../../nbs/1_method/12_several.ipynb #c018
-REGIONS = {"all": (0., 0., 1., 1.), "left": (0., 0., .5, 1.), "right": (.5, 0., 1., 1.), "top": (0., 0., 1., .5), "bottom": (0., .5, 1., 1.)}
+REGIONS = {"all": (0., 0., 1., 1.), "left": (0., 0., .5, 1.), "right": (.5, 0., 1., 1.),
+           "top": (0., 0., 1., .5), "bottom": (0., .5, 1., 1.)}
 
 def region_mask(box, # (left, top, right, bottom), fractions of the width and height
                 like, # a tensor [B, C, H, W]
@@ -52,15 +54,19 @@ def _listed(value):
 def _subjects(value):
     "Adapter names. ValueError where one cannot be a branch of its own."
     names = _listed(value)
-    if not names or not all(isinstance(n, str) and n for n in names): raise ValueError(f"SeveralSubjects: subjects must be names of adapters, got {value!r}")
-    if taken := {"null", "base"} & {*names}: raise ValueError(f"SeveralSubjects: {min(taken)!r} is a prompt of the base model; load the subject under another name")
+    if not names or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"SeveralSubjects: subjects must be names of adapters, got {value!r}")
+    if taken := {"null", "base"} & {*names}:
+        raise ValueError(f"SeveralSubjects: {min(taken)!r} is a prompt of the base model; load the subject "
+                         f"under another name")
     return names
 
 def _shares(value, n):
     "n finite numbers, or none."
     try: shares = tuple(map(float, _listed(value)))
     except (TypeError, ValueError): shares = (math.nan,)
-    if len(shares) not in (0, n) or not all(map(math.isfinite, shares)): raise ValueError(f"SeveralSubjects: shares must be a number for each of {n} subjects, got {value!r}")
+    if len(shares) not in (0, n) or not all(map(math.isfinite, shares)):
+        raise ValueError(f"SeveralSubjects: shares must be a number for each of {n} subjects, got {value!r}")
     return shares
 
 def _box(value):
@@ -69,31 +75,36 @@ def _box(value):
     try: left, top, right, bottom = box = tuple(map(float, value))
     except (TypeError, ValueError): box = left = top = right = bottom = math.nan
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ValueError(f"SeveralSubjects: a region is one of {', '.join(REGIONS)} or (left, top, right, bottom) in [0, 1], got {value!r}")
+        raise ValueError(f"SeveralSubjects: a region is one of {', '.join(REGIONS)} or (left, top, right, "
+                         f"bottom) in [0, 1], got {value!r}")
     return box
 
 def _regions(value, n):
     "n boxes, or none."
     boxes = tuple(map(_box, _listed(value)))
-    if len(boxes) not in (0, n): raise ValueError(f"SeveralSubjects: regions must be one for each of {n} subjects, got {value!r}")
+    if len(boxes) not in (0, n):
+        raise ValueError(f"SeveralSubjects: regions must be one for each of {n} subjects, got {value!r}")
     return boxes
 
 # %% ../../nbs/1_method/12_several.ipynb #c022
 @dataclass(frozen=True, repr=False)
 class SeveralSubjects(SubjectGuidance):
-    "ε_φ(∅) + ω_text·g_text + Σ ω_i·R(g_i; g_text), Eq. (1): a consistency signal for each of several adapters (this project's, for an open question of arXiv 2506.00607)."
+    """ε_φ(∅) + ω_text·g_text + Σ ω_i·R(g_i; g_text), Eq. (1): a consistency signal for each of several
+    adapters (this project's, for an open question of arXiv 2506.00607)."""
     name, title, color = "several", "several subjects", "#661100"
     needs_subject = True
     subjects: tuple = ("subject",) # names of adapters; each reads the prompt of its own name
     shares: tuple = () # s_i: ω_i = ω_cons·s_i; default: 1 for each
     ratio: str = "normalize" # what becomes of the part parallel to g_text, see `parallel_rescale`
-    against: str = "text" # "each other": what is beside the text and against the other subjects is taken out too, Eq. (3)
+    # "each other": what is beside the text and against the other subjects is taken out too, Eq. (3)
+    against: str = "text"
     regions: tuple = () # for each subject a name in `REGIONS` or a box; default: everywhere
 
     def __post_init__(self):
         super().__post_init__()
         names = _subjects(self.subjects)
-        made = dict(subjects=names, shares=_shares(self.shares, len(names)), regions=_regions(self.regions, len(names)))
+        made = dict(subjects=names, shares=_shares(self.shares, len(names)),
+                    regions=_regions(self.regions, len(names)))
         for field, value in made.items(): object.__setattr__(self, field, value)
         check_name("ratio", self.ratio, RATIOS)
         check_name("against", self.against, AGAINST)
@@ -104,10 +115,12 @@ class SeveralSubjects(SubjectGuidance):
     def weights(self, like):
         "ω_i of each subject: a number, or with regions a map [1, 1, H, W] that fits `like`."
         weights = [self.consistency * s for s in self.shares or (1.,) * len(self.subjects)]
-        return [w * region_mask(box, like) for w, box in zip(weights, self.regions)] if self.regions else weights
+        return [w * region_mask(box, like) for w, box in zip(weights,
+            self.regions)] if self.regions else weights
 
     def combine(self, null, base, *subjects):
         g_text = base - null
-        pushes = [w * parallel_rescale(s - base, g_text, self.ratio) for w, s in zip(self.weights(base), subjects)]
+        pushes = [w * parallel_rescale(s - base, g_text, self.ratio) for w,
+                  s in zip(self.weights(base), subjects)]
         if self.against == "each other": pushes = without_conflict(pushes, g_text)
         return cfg(null, base, self.text) + sum(pushes)

@@ -26,7 +26,8 @@ def style_leak(g_cons, # ε_θ(c_subj) − ε_φ(c_base), [B, C, H, W]
     "Eq. (2): how much of the references' style the consistency direction brings along."
     dtype, dims = torch.promote_types(g_cons.dtype, torch.float32), (1, 2, 3) if whole else (1,)
     g_cons, g_style, g_text = (g.to(dtype) for g in (g_cons, g_style, g_text))
-    size = g_style.square().mean(dims, keepdim=True) + floor**2 * g_text.square().mean((1, 2, 3), keepdim=True)
+    size = g_style.square().mean(dims, keepdim=True) + floor**2 * g_text.square().mean((1, 2, 3),
+        keepdim=True)
     # below 1e-36 the squares leave float32's normal range; a NaN compares False and stays
     return torch.where(size < 1e-36, 0., (g_cons * g_style).mean(dims, keepdim=True).clamp(min=0) / size)
 
@@ -39,7 +40,8 @@ class _Contrast(SubjectGuidance):
 # %% ../../nbs/1_method/09_style_contrast.ipynb #c013
 @dataclass(frozen=True, repr=False)
 class StyleContrast(_Contrast):
-    "The direction g_cons − q·g_style: consistency guidance without the look of the references (this project's)."
+    """The direction g_cons − q·g_style: consistency guidance without the look of the references (this
+    project's)."""
     name, title, color = "style_contrast", "style contrast", "#882255"
     whole: bool = True # one q for the sample; False: one for each location
     ratio: str = "raw" # what then becomes of the part parallel to g_text, see `parallel_rescale`
@@ -47,7 +49,8 @@ class StyleContrast(_Contrast):
     def __post_init__(self):
         super().__post_init__()
         check_name("ratio", self.ratio, RATIOS)
-        if not isinstance(self.whole, bool): raise ValueError(f"StyleContrast: whole must be True or False, got {self.whole!r}")
+        if not isinstance(self.whole, bool):
+            raise ValueError(f"StyleContrast: whole must be True or False, got {self.whole!r}")
 
     def direction(self, null, base, reference, subject):
         "r of Eq. (2), in the shape and dtype of the predictions."
@@ -59,7 +62,8 @@ class StyleContrast(_Contrast):
 # %% ../../nbs/1_method/09_style_contrast.ipynb #c017
 @dataclass(frozen=True, repr=False)
 class NegativeStyle(_Contrast):
-    "The direction g_cons − a·g_style: a fixed push away from the references' style, the baseline of `StyleContrast`."
+    """The direction g_cons − a·g_style: a fixed push away from the references' style, the baseline of
+    `StyleContrast`."""
     name, title, color = "negative_style", "negative style", "#999933"
     amount: Scale = 0.5 # a
 
@@ -70,9 +74,11 @@ class NegativeStyle(_Contrast):
 # %% ../../nbs/1_method/09_style_contrast.ipynb #c024
 def reference_prompt(captions: Sequence[str] # of the references, with {subject}
                     ) -> str:
-    "The references' own style in a prompt with {subject}: what all captions share up to the subject, and after their last common comma."
+    """The references' own style in a prompt with {subject}: what all captions share up to the subject,
+    and after their last common comma."""
     plain = "a photo of a {subject}"
-    heads, tails = zip(*(caption.partition("{subject}")[::2] for caption in captions)) if captions else ((), ())
+    heads, tails = zip(*(caption.partition("{subject}")[::2] for caption in captions)) if captions else ((),
+        ())
     if len(set(heads)) != 1 or not heads[0].split(): return plain
     ends = {tail[tail.rfind(","):] if "," in tail else "" for tail in tails}
     return heads[0] + "{subject}" + (ends.pop() if len(ends) == 1 else "")

@@ -24,7 +24,8 @@ from ..machine.prompts import PromptEmbeds
 def check_revision(base, revision=None):
     "ValueError where a revision is asked of a folder, which has none."
     if revision is not None and Path(base).is_dir():
-        raise ValueError(f"revision={revision!r}: base={str(base)!r} is a folder here, and only models of the Hub have revisions")
+        raise ValueError(f"revision={revision!r}: base={str(base)!r} is a folder here, and only models of "
+                         f"the Hub have revisions")
 
 def unet_config(base, revision=None):
     "The configuration of a base model's UNet; ValueError where `base` is no SDXL model in diffusers' format."
@@ -36,27 +37,33 @@ def unet_config(base, revision=None):
                          f"({str(error).splitlines()[0]})") from None
     if config.get('addition_embed_type') != 'text_time':
         raise ValueError(f"base={str(base)!r}: its UNet has no SDXL conditioning "
-                         f"(addition_embed_type={config.get('addition_embed_type')!r}); expected an SDXL model")
+                         f"(addition_embed_type={config.get('addition_embed_type')!r}); expected an SDXL "
+                         f"model")
     return config
 
 def vae_config(base, revision=None, vae=None):
-    "The configuration of the VAE in use: the base's own, or `vae`, a folder or Hub model; ValueError where that does not fit the base."
+    """The configuration of the VAE in use: the base's own, or `vae`, a folder or Hub model; ValueError
+    where that does not fit the base."""
     own = AutoencoderKL.load_config(base, subfolder='vae', revision=revision)
     if vae is None: return own
     try: config = AutoencoderKL.load_config(vae)
     except OSError as error:
-        raise ValueError(f"vae={str(vae)!r}: neither a folder nor a Hub model with an AutoencoderKL's config.json "
+        raise ValueError(
+            f"vae={str(vae)!r}: neither a folder nor a Hub model with an AutoencoderKL's config.json "
                          f"({str(error).splitlines()[0]})") from None
-    sizes = [(c.get('_class_name'), c.get('latent_channels'), len(c.get('block_out_channels', ()))) for c in (own, config)]
+    sizes = [(c.get('_class_name'), c.get('latent_channels'), len(c.get('block_out_channels', ())))
+             for c in (own, config)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"vae={str(vae)!r}: (class, latent channels, levels) are {sizes[1]}; the base has {sizes[0]}")
+        raise ValueError(
+            f"vae={str(vae)!r}: (class, latent channels, levels) are {sizes[1]}; the base has {sizes[0]}")
     return config
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c010
 DTYPES = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 def load_parts(base, mixed_precision='no', variant=None, revision=None, vae=None):
-    "The base model as diffusers loads it, in the computing precision; the VAE, its own or another one, in float32."
+    """The base model as diffusers loads it, in the computing precision; the VAE, its own or another one,
+    in float32."""
     parts = {} if vae is None else dict(vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32))
     try:
         return StableDiffusionXLPipeline.from_pretrained(
@@ -74,13 +81,17 @@ def load_base(
     revision=None,           # of a Hub model
     vae=None,                # another VAE than the base's own, a folder or a Hub name
 ):
-    "The base model as a stock pipeline, frozen, in the computing precision; the VAE stays in float32 (SDXL's overflows in fp16)."
+    """The base model as a stock pipeline, frozen, in the computing precision; the VAE stays in float32
+    (SDXL's overflows in fp16)."""
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*torch_dtype', FutureWarning)      # diffusers' old name for it, the only one that all versions know
+        # diffusers' old name for it, the only one that all versions know
+        warnings.filterwarnings('ignore', '.*torch_dtype', FutureWarning)
         pipe = load_parts(base, mixed_precision, variant, revision, vae)
     pipe.set_progress_bar_config(disable=True)
-    if pipe.default_sample_size > 64: pipe.vae.enable_slicing()               # one picture at a time, 3 GiB each at 1024²
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2): part.requires_grad_(False).eval()
+    # one picture at a time, 3 GiB each at 1024²
+    if pipe.default_sample_size > 64: pipe.vae.enable_slicing()
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        part.requires_grad_(False).eval()
     broken = next((name for name, p in pipe.unet.named_parameters() if not p.isfinite().all()), None)
     if broken: raise ValueError(f"base={str(base)!r}: NaN or infinite numbers in the UNet's {broken}")
     return pipe.to(device)
@@ -88,7 +99,8 @@ def load_base(
 # %% ../../nbs/3_subject/02_adapters.ipynb #c102
 @contextmanager
 def in_float32(module):
-    "Inside, a module computes in float32, whatever autocast and its own precision say; afterwards it is as it was."
+    """Inside, a module computes in float32, whatever autocast and its own precision say; afterwards it is
+    as it was."""
     dtype = module.dtype
     with torch.autocast(module.device.type, enabled=False):
         if dtype == torch.float32: yield; return
@@ -97,17 +109,23 @@ def in_float32(module):
 
 @torch.no_grad()
 def encode(vae, x, name='the picture'):
-    "Mean and standard deviation [B, 2, C, h, w], float32, of a VAE's posterior of pictures x [B, 3, H, W] in [−1, 1]; ValueError where not finite."
+    """Mean and standard deviation [B, 2, C, h, w], float32, of a VAE's posterior of pictures x [B, 3, H,
+    W] in [−1, 1]; ValueError where not finite."""
     with in_float32(vae): posterior = vae.encode(x.to(vae.device, torch.float32)).latent_dist
     moments = torch.stack([posterior.mean, posterior.std], 1)
     if moments.isfinite().all(): return moments
-    raise ValueError(f"{name}: the VAE gives latents that are not finite; take another one (vae=…), or look at the picture")
+    raise ValueError(
+        f"{name}: the VAE gives latents that are not finite; take another one (vae=…), or look at the "
+        f"picture")
 
 @torch.no_grad()
 def decode(vae, latents):
-    "Pictures [B, 3, H, W] in [−1, 1], float32, from latents [B, C, h, w] as a UNet and its scheduler leave them."
+    """Pictures [B, 3, H, W] in [−1, 1], float32, from latents [B, C, h, w] as a UNet and its scheduler
+    leave them."""
     shift = getattr(vae.config, 'shift_factor', None) or 0
-    with in_float32(vae): return vae.decode(latents.to(vae.device, torch.float32) / vae.config.scaling_factor + shift).sample.clamp(-1, 1)
+    with in_float32(vae):
+        return vae.decode(latents.to(vae.device, torch.float32) / vae.config.scaling_factor
+                          + shift).sample.clamp(-1, 1)
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c015
 def check_token(
@@ -116,22 +134,32 @@ def check_token(
     class_noun,    # the noun whose meaning it starts with
 ):
     "ValueError where a tokenizer cannot take `token` as one new word."
-    if not isinstance(token, str) or not token.strip(): raise ValueError(f"token={token!r}: expected a word such as '<dog>'")
-    if token.split() != [token]: raise ValueError(f"token={token!r}: has a space in it; expected one word such as '<{token.split()[-1].strip('<>')}>'")
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError(f"token={token!r}: expected a word such as '<dog>'")
+    if token.split() != [token]:
+        raise ValueError(
+            f"token={token!r}: has a space in it; expected one word such as "
+            f"'<{token.split()[-1].strip('<>')}>'")
     if token in tokenizer.get_vocab():
-        raise ValueError(f"token={token!r}: is in the tokenizer's vocabulary already, and learning it would change what the model knows; take a new word such as '<my-{token.strip('<>')}>'")
+        raise ValueError(f"token={token!r}: is in the tokenizer's vocabulary already, and learning it "
+                         f"would change what the model knows; take a new word such as "
+                         f"'<my-{token.strip('<>')}>'")
     trial, sentence = copy.deepcopy(tokenizer), f"a photo of a {class_noun}."
     trial.add_tokens([token])
     if trial(f"a photo of a {token}.").input_ids.count(trial.convert_tokens_to_ids(token)) != 1:
-        raise ValueError(f"token={token!r}: the tokenizer splits it into {trial.tokenize(token)}; take lower-case letters in <>, such as '<dog>'")
+        raise ValueError(f"token={token!r}: the tokenizer splits it into {trial.tokenize(token)}; take "
+                         f"lower-case letters in <>, such as '<dog>'")
     if trial(sentence).input_ids != tokenizer(sentence).input_ids:
-        raise ValueError(f"token={token!r}: is part of the class noun {class_noun!r} and would split it; take a word such as '<{class_noun.split()[-1]}>'")
+        raise ValueError(f"token={token!r}: is part of the class noun {class_noun!r} and would split it; "
+                         f"take a word such as '<{class_noun.split()[-1]}>'")
 
 def check_words(base, token, class_noun, revision=None):
-    "`check_token` with both tokenizers of a base model: small files, looked at before the large ones are loaded."
+    """`check_token` with both tokenizers of a base model: small files, looked at before the large ones
+    are loaded."""
     from transformers import CLIPTokenizer
     for part in ('tokenizer', 'tokenizer_2'):
-        check_token(CLIPTokenizer.from_pretrained(base, subfolder=part, revision=revision or 'main'), token, class_noun)
+        check_token(CLIPTokenizer.from_pretrained(base, subfolder=part, revision=revision or 'main'), token,
+                    class_noun)
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c016
 def add_token(
@@ -139,15 +167,18 @@ def add_token(
     token,                 # the new word, "<dog>"
     class_noun,            # what it starts as: "dog"
 ):
-    "Textual inversion (Gal et al. 2022): give a text encoder a new word. Its row [1, D], float32, starts as the noun's (the mean over its parts)."
+    """Textual inversion (Gal et al. 2022): give a text encoder a new word. Its row [1, D], float32,
+    starts as the noun's (the mean over its parts)."""
     check_token(tokenizer, token, class_noun)
     noun = tokenizer(class_noun, add_special_tokens=False).input_ids
     tokenizer.add_tokens([token])
     index = tokenizer.convert_tokens_to_ids(token)
-    if len(tokenizer) > encoder.get_input_embeddings().num_embeddings: encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     table = encoder.get_input_embeddings().requires_grad_(False)
     row = torch.nn.Parameter(table.weight[noun].float().mean(0, keepdim=True), requires_grad=False)
-    table.register_forward_hook(lambda layer, args, out: torch.where((args[0] == index)[..., None], row.to(out.dtype), out))
+    table.register_forward_hook(lambda layer, args, out: torch.where((args[0] == index)[..., None],
+        row.to(out.dtype), out))
     return row
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c022
@@ -157,13 +188,16 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 def embed(pipe, prompts):
-    "Prompts as SDXL conditions on them, as `StableDiffusionXLPipeline.encode_prompt` gives them, and with gradients."
+    """Prompts as SDXL conditions on them, as `StableDiffusionXLPipeline.encode_prompt` gives them, and
+    with gradients."""
     hidden = []
     for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-        ids = tokenizer(list(prompts), padding='max_length', max_length=tokenizer.model_max_length, truncation=True, return_tensors='pt').input_ids
+        ids = tokenizer(list(prompts), padding='max_length', max_length=tokenizer.model_max_length,
+                        truncation=True, return_tensors='pt').input_ids
         out = encoder(to_device(ids, encoder.device), output_hidden_states=True)
         hidden.append(out.hidden_states[-2])
-    return PromptEmbeds(torch.cat(hidden, -1), out[0])                       # the pooled embedding is the second encoder's
+    # the pooled embedding is the second encoder's
+    return PromptEmbeds(torch.cat(hidden, -1), out[0])
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c023
 def rows_of(embeds, index):
@@ -178,7 +212,8 @@ def mean_norm(table):
 # %% ../../nbs/3_subject/02_adapters.ipynb #c029
 @torch.no_grad()
 def rescale_row(row, norm):
-    "Give an embedding row [1, D] the length `norm`, in place: words much longer than all others drown the rest of the prompt."
+    """Give an embedding row [1, D] the length `norm`, in place: words much longer than all others drown
+    the rest of the prompt."""
     row.mul_(norm / row.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c034
@@ -187,13 +222,18 @@ EVERYTHING = ATTENTION + ('ff.net.0.proj', 'ff.net.2', 'proj_in', 'proj_out', 'c
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c035
 def add_lora(unet, rank, target_modules=ATTENTION, seed=0):
-    "A LoRA of `rank` on a UNet's layers named `target_modules`: its parameters, in float32. It starts as the identity."
+    """A LoRA of `rank` on a UNet's layers named `target_modules`: its parameters, in float32. It starts
+    as the identity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try: unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights='gaussian', target_modules=list(target_modules)))
-        except ValueError as error: raise ValueError(f"target_modules={list(target_modules)}: {error}") from None
+        try:
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights='gaussian',
+                                        target_modules=list(target_modules)))
+        except ValueError as error:
+            raise ValueError(f"target_modules={list(target_modules)}: {error}") from None
     params = [p for p in unet.parameters() if p.requires_grad]
-    for p in params: p.data = p.data.float()                                 # master weights: half precision would swallow small steps
+    # master weights: half precision would swallow small steps
+    for p in params: p.data = p.data.float()
     return params
 
 # %% ../../nbs/3_subject/02_adapters.ipynb #c040

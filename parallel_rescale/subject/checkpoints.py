@@ -26,7 +26,8 @@ def step_generator(*numbers):
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c011
 def optimizer_state(optimizer):
-    "A copy of an optimizer's state, as tensors by name and other values by name: what safetensors and JSON can hold."
+    """A copy of an optimizer's state, as tensors by name and other values by name: what safetensors and
+    JSON can hold."""
     named = {f"{i}.{k}": v for i, state in optimizer.state_dict()['state'].items() for k, v in state.items()}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in named.items() if torch.is_tensor(v)}
     return tensors, {k: v for k, v in named.items() if k not in tensors}
@@ -52,7 +53,8 @@ def write_checkpoint(
     settings,            # of the run, for `resume`'s comparison
     limit=None,          # keep no more than this many checkpoints
 ):
-    "Write `checkpoint-<step>`: a loadable subject, the optimizer's state and the schedule's. It appears whole or not at all."
+    """Write `checkpoint-<step>`: a loadable subject, the optimizer's state and the schedule's. It appears
+    whole or not at all."""
     folder = Path(output)/f"{CHECKPOINT}{step}"
     if folder.exists(): return folder
     part, (optimizer, lr_scheduler, scaler) = folder.with_name(f".{folder.name}.part"), parts
@@ -61,7 +63,8 @@ def write_checkpoint(
     write_subject(part)
     tensors, values = optimizer_state(optimizer)
     save_file(tensors, part/'optimizer.safetensors'); share(part/'optimizer.safetensors')
-    write_json(part/'state.json', dict(step=step, settings=settings, versions=installed_versions(), optimizer=values,
+    write_json(part/'state.json', dict(step=step, settings=settings, versions=installed_versions(),
+                                       optimizer=values,
                                        lr_scheduler=lr_scheduler.state_dict(), scaler=scaler.state_dict()))
     os.replace(part, folder)
     for old in checkpoints(output)[:-limit] if limit else (): shutil.rmtree(old)
@@ -70,7 +73,8 @@ def write_checkpoint(
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c017
 def checkpoints(output):
     "The checkpoints in an output folder, oldest first."
-    found = [p for p in Path(output).glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit() and (p/'state.json').exists()]
+    found = [p for p in Path(output).glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit()
+             and (p/'state.json').exists()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(CHECKPOINT)))
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c018
@@ -79,31 +83,38 @@ def read_state(folder):
     return json.loads((Path(folder)/'state.json').read_text(encoding='utf-8'))
 
 def restore(folder, parts):
-    "Put the states of optimizer, schedule and loss scale back from a checkpoint folder; the number of steps that were done."
+    """Put the states of optimizer, schedule and loss scale back from a checkpoint folder; the number of
+    steps that were done."""
     state, (optimizer, lr_scheduler, scaler) = read_state(folder), parts
     load_optimizer_state(optimizer, load_file(Path(folder)/'optimizer.safetensors'), state['optimizer'])
     lr_scheduler.load_state_dict(state['lr_scheduler'])
-    for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()): group['lr'] = lr    # the schedule knows it, the optimizer would start anew
+    # the schedule knows it, the optimizer would start anew
+    for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr()): group['lr'] = lr
     if state['scaler']: scaler.load_state_dict(state['scaler'])
     return state['step']
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c102
 def warn_about_versions(folder, now=None):
-    "Warn, with both versions, of each package that is another one (`now`: by name; default: the installed) than when a checkpoint was made."
+    """Warn, with both versions, of each package that is another one (`now`: by name; default: the
+    installed) than when a checkpoint was made."""
     then, now = read_state(folder).get('versions', {}), installed_versions() if now is None else now
-    changed = [f"{name} {old} → {now.get(name, 'none')}" for name, old in then.items() if now.get(name) != old]
+    changed = [f"{name} {old} → {now.get(name, 'none')}" for name,
+               old in then.items() if now.get(name) != old]
     if changed:
-        warnings.warn(f"{Path(folder).name} was made with other versions ({', '.join(changed)}): the run goes on, "
+        warnings.warn(
+            f"{Path(folder).name} was made with other versions ({', '.join(changed)}): the run goes on, "
                       "but its last digits may differ from those of an uninterrupted one", stacklevel=2)
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c022
 def find_checkpoint(output, asked):
-    "The checkpoint folder that is asked for: 'latest' (None where there is none yet), a name in `output`, or a path; ValueError where it is not there."
+    """The checkpoint folder that is asked for: 'latest' (None where there is none yet), a name in
+    `output`, or a path; ValueError where it is not there."""
     found = checkpoints(output)
     if asked == 'latest': return found[-1] if found else None
     for path in (Path(asked), Path(output)/asked):
         if (path/'state.json').exists(): return path
-    raise ValueError(f"resume_from_checkpoint={str(asked)!r}: is no checkpoint; in {output} there are {', '.join(p.name for p in found) or 'none'}")
+    raise ValueError(f"resume_from_checkpoint={str(asked)!r}: is no checkpoint; in {output} there are "
+                     f"{', '.join(p.name for p in found) or 'none'}")
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c025
 def append_log(output, logs):
@@ -121,12 +132,15 @@ def cut_log(output, step):
     "Forget logged steps after `step`: the run resumes there."
     file = Path(output)/LOG
     if not file.exists(): return
-    lines = [line for line in file.read_text(encoding='utf-8').splitlines(keepends=True) if line.endswith('\n') and json.loads(line)['step'] <= step]
+    lines = [line for line in file.read_text(encoding='utf-8').splitlines(keepends=True)
+             if line.endswith('\n') and json.loads(line)['step'] <= step]
     file.write_text(''.join(lines), encoding='utf-8')
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c030
-SETTINGS = 'finetune.json'    # lies in the output folder of every run: its settings, and the sign that the folder is a run's
-OWN_FILES = (SETTINGS, LOG, 'subject.json', 'README.md', 'pytorch_lora_weights.safetensors', 'learned_embeds.safetensors', 'samples', 'validation', 'logs', 'class_images')
+# lies in the output folder of every run: its settings, and the sign that the folder is a run's
+SETTINGS = 'finetune.json'
+OWN_FILES = (SETTINGS, LOG, 'subject.json', 'README.md', 'pytorch_lora_weights.safetensors',
+             'learned_embeds.safetensors', 'samples', 'validation', 'logs', 'class_images')
 
 def check_output(output, resume=False, overwrite=False):
     "ValueError where a folder holds something already that must not be written over."
@@ -135,20 +149,26 @@ def check_output(output, resume=False, overwrite=False):
     held = sorted(p.name for p in output.iterdir()) if output.exists() else []
     ours = {SETTINGS, 'subject.json'} & set(held)
     if not held or ours and overwrite or resume and SETTINGS in held: return
-    if overwrite: raise ValueError(f"output={str(output)!r}: holds {', '.join(held[:4])}{' …' if len(held) > 4 else ''} and no run, and overwrite=True replaces nothing but a run; take another folder")
+    if overwrite:
+        raise ValueError(f"output={str(output)!r}: holds "
+                         f"{', '.join(held[:4])}{' …' if len(held) > 4 else ''} and no run, and "
+                         f"overwrite=True replaces nothing but a run; take another folder")
     hint = "resume_from_checkpoint='latest' goes on with it; " if SETTINGS in held else ''
-    raise ValueError(f"output={str(output)!r}: holds {', '.join(held[:4])}{' …' if len(held) > 4 else ''} already; {hint}overwrite=True replaces an earlier run; or take another folder")
+    raise ValueError(f"output={str(output)!r}: holds {', '.join(held[:4])}{' …' if len(held) > 4 else ''} "
+                     f"already; {hint}overwrite=True replaces an earlier run; or take another folder")
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c031
 def clear_output(output):
     "Remove an earlier run from an output folder, and nothing else that is in it."
-    for path in [Path(output)/name for name in OWN_FILES] + checkpoints(output) + list(Path(output).glob('.checkpoint-*.part')):
+    for path in [Path(output)/name for name in OWN_FILES] + checkpoints(output) + list(
+            Path(output).glob('.checkpoint-*.part')):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 # %% ../../nbs/3_subject/03_checkpoints.ipynb #c034
 @contextmanager
 def interruptible():
-    "Inside, Ctrl-C lets the step end first: the yielded function says whether it was pressed. A second Ctrl-C stops at once."
+    """Inside, Ctrl-C lets the step end first: the yielded function says whether it was pressed. A second
+    Ctrl-C stops at once."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread(): yield pressed.is_set; return
     before = signal.getsignal(signal.SIGINT)

@@ -18,14 +18,16 @@ from .references import crop_square
 RANDOM_CROPS = 8         # cuts of each picture that are encoded, where crop='random'
 
 def cut(references, resolution, crop='center', seed=0):
-    "Squares of the references: pictures, their place as SDXL's time ids [N, 6], and the number of the reference each came from."
+    """Squares of the references: pictures, their place as SDXL's time ids [N, 6], and the number of the
+    reference each came from."""
     rng, pictures, ids, source = np.random.default_rng(seed), [], [], []
     for number, reference in enumerate(references):
         for _ in range(1 if crop == 'center' else RANDOM_CROPS):
             picture, corner = crop_square(reference.image, resolution, crop, rng)
             pictures.append(picture); source.append(number)
             # a centre cut counts as a whole picture: these are the conditions under which pictures are sampled
-            ids.append((resolution, resolution, *(corner if crop == 'random' else (0, 0)), resolution, resolution))
+            ids.append((resolution, resolution, *(corner if crop == 'random' else (0, 0)), resolution,
+                        resolution))
     return pictures, torch.tensor(ids, dtype=torch.float32), torch.tensor(source)
 
 # %% ../../nbs/3_subject/07_data.ipynb #c026
@@ -34,9 +36,11 @@ def picture_name(number, reference, kind='picture'):
     return f"{kind} {number + 1} ({reference.path or repr(reference.caption)})"
 
 def encode_images(vae, pictures, names=None):
-    "Mean and standard deviation of the VAE's posterior of each picture, [N, 2, C, h, w] in float32, on the CPU; ValueError naming one that is not finite."
+    """Mean and standard deviation of the VAE's posterior of each picture, [N, 2, C, h, w] in float32, on
+    the CPU; ValueError naming one that is not finite."""
     out = []
-    for n, picture in enumerate(pictures):                                   # one by one: large pictures, small memory, once
+    # one by one: large pictures, small memory, once
+    for n, picture in enumerate(pictures):
         x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
         out.append(encode(vae, x, names[n] if names else f"picture {n + 1}").cpu())
     return torch.cat(out)
@@ -49,14 +53,16 @@ def sample_latents(moments, noise, vae_config):
 
 # %% ../../nbs/3_subject/07_data.ipynb #c030
 def cache_data(pipe, references, resolution, crop, seed, kind='picture'):
-    "Everything about pictures that does not change in training: posterior moments, time ids, and which reference each cut is of."
+    """Everything about pictures that does not change in training: posterior moments, time ids, and which
+    reference each cut is of."""
     pictures, ids, source = cut(references, resolution, crop, seed)
     names = [picture_name(n, references[n], kind) for n in source.tolist()]
     return SimpleNamespace(moments=encode_images(pipe.vae, pictures, names), time_ids=ids, source=source)
 
 # %% ../../nbs/3_subject/07_data.ipynb #c031
 def draw(n_pictures, shape, n, timesteps, *seed):
-    "The random choices of a step, for `n` samples: picture, timestep and two noises. They depend on the numbers `seed` alone."
+    """The random choices of a step, for `n` samples: picture, timestep and two noises. They depend on the
+    numbers `seed` alone."""
     g = step_generator(*seed)
     which, t = torch.randint(n_pictures, (n,), generator=g), torch.randint(timesteps, (n,), generator=g)
     return which, t, torch.randn(n, *shape, generator=g), torch.randn(n, *shape, generator=g)
@@ -65,10 +71,12 @@ def draw(n_pictures, shape, n, timesteps, *seed):
 def make_batch(data, vae_config, scheduler, n, seed, rows=slice(None), device='cpu'):
     """The noisy latents of a step, all `n` samples or the `rows` of them: a namespace of x_t, t, snr (ᾱ/(1−ᾱ) at t), target, time_ids, source,
     and `numbers`, the source as whole numbers, which nobody has to fetch from the device."""
-    which, t, eps_vae, noise = (v[rows] for v in draw(len(data.moments), data.moments.shape[2:], n, scheduler.config.num_train_timesteps, *seed))
+    which, t, eps_vae, noise = (v[rows] for v in draw(len(data.moments), data.moments.shape[2:], n,
+        scheduler.config.num_train_timesteps, *seed))
     clean = sample_latents(data.moments[which], eps_vae, vae_config)
     velocity = scheduler.config.prediction_type == 'v_prediction'
     target = scheduler.get_velocity(clean, noise, t) if velocity else noise
     alpha, source = scheduler.alphas_cumprod[t], data.source[which]
-    batch = dict(x_t=scheduler.add_noise(clean, noise, t), t=t, snr=alpha / (1 - alpha), target=target, time_ids=data.time_ids[which], source=source)
+    batch = dict(x_t=scheduler.add_noise(clean, noise, t), t=t, snr=alpha / (1 - alpha), target=target,
+                 time_ids=data.time_ids[which], source=source)
     return SimpleNamespace(**{k: to_device(v, device) for k, v in batch.items()}, numbers=source.tolist())

@@ -29,16 +29,20 @@ def is_small(unet_config):
 
 # %% ../../nbs/3_subject/06_defaults.ipynb #c019
 def half_precision():
-    "The half precision that this machine computes fast: 'bf16', 'fp16' (cards before Ampere only emulate bf16, several times slower), or 'no'."
+    """The half precision that this machine computes fast: 'bf16', 'fp16' (cards before Ampere only
+    emulate bf16, several times slower), or 'no'."""
     if not torch.cuda.is_available(): return 'no'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
 # %% ../../nbs/3_subject/06_defaults.ipynb #c020
 def recommended(base=TINY_SDXL, revision=None):
-    "What `finetune` takes for arguments left None, by the size of the base model; for SDXL these are the DCO authors' values."
+    """What `finetune` takes for arguments left None, by the size of the base model; for SDXL these are
+    the DCO authors' values."""
     small = is_small(unet_config(base, revision))
-    sized = {f.name: f.metadata['sized'][0 if small else 1] for f in fields(Settings) if 'sized' in f.metadata}
-    return sized | dict(target_modules=EVERYTHING if small else ATTENTION, mixed_precision='no' if small else half_precision())
+    sized = {f.name: f.metadata['sized'][0 if small else 1] for f in fields(Settings)
+             if 'sized' in f.metadata}
+    return sized | dict(target_modules=EVERYTHING if small else ATTENTION,
+                        mixed_precision='no' if small else half_precision())
 
 # %% ../../nbs/3_subject/06_defaults.ipynb #c022
 def native_resolution(base, config=None, revision=None):
@@ -51,7 +55,8 @@ def expected_of(value, facts):
     "What a number should have been, in words, by the facts of its setting; None where it is right."
     number = isinstance(value, (int, float)) and math.isfinite(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if 'whole' in facts and not (whole and value >= facts['whole']): return f"a whole number ≥ {facts['whole']}"
+    if 'whole' in facts and not (whole and value >= facts['whole']):
+        return f"a whole number ≥ {facts['whole']}"
     if 'above' in facts and not (number and value > facts['above']): return f"a number > {facts['above']}"
     if 'least' in facts and not (number and value >= facts['least']): return f"a number ≥ {facts['least']}"
 
@@ -61,39 +66,59 @@ def check_settings(s):
         value, facts = getattr(s, field.name), field.metadata
         if value is None and (field.default is None or 'choices' not in facts): continue
         if 'choices' in facts: check_name(field.name, value, facts['choices'])
-        if expected := expected_of(value, facts): raise ValueError(f"{field.name}={value!r}: expected {expected}")
+        if expected := expected_of(value, facts):
+            raise ValueError(f"{field.name}={value!r}: expected {expected}")
     if s.resolution % 8: raise ValueError(f"resolution={s.resolution}: expected a multiple of 8")
-    check_name('lr_scheduler', s.lr_scheduler, [t.value for t in SchedulerType if t.value != 'piecewise_constant'])
+    check_name('lr_scheduler', s.lr_scheduler,
+               [t.value for t in SchedulerType if t.value != 'piecewise_constant'])
     check_combinations(s)
 
 # %% ../../nbs/3_subject/06_defaults.ipynb #c056
 def check_combinations(s):
     "ValueError where a setting could not act beside the others, or the library for it is missing."
-    if s.token == s.class_noun: raise ValueError(f"token={s.token!r}: is the class noun itself; take a new word such as '<{s.token}>'")
-    if not s.class_noun or not str(s.class_noun).strip(): raise ValueError(f"class_noun={s.class_noun!r}: expected a noun such as 'dog'")
+    if s.token == s.class_noun:
+        raise ValueError(
+            f"token={s.token!r}: is the class noun itself; take a new word such as '<{s.token}>'")
+    if not s.class_noun or not str(s.class_noun).strip():
+        raise ValueError(f"class_noun={s.class_noun!r}: expected a noun such as 'dog'")
     if s.rank: check_torchao()
-    if not s.rank and not s.train_text_encoder_ti: raise ValueError("rank=0 and train_text_encoder_ti=False: nothing is left to train")
-    if s.loss == 'dco' and s.snr_gamma is not None: raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
-    if s.loss == 'dco' and s.prior_loss_weight: raise ValueError("prior_loss_weight: belongs to the dreambooth loss; DCO keeps the prior by itself")
+    if not s.rank and not s.train_text_encoder_ti:
+        raise ValueError("rank=0 and train_text_encoder_ti=False: nothing is left to train")
+    if s.loss == 'dco' and s.snr_gamma is not None:
+        raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
+    if s.loss == 'dco' and s.prior_loss_weight:
+        raise ValueError("prior_loss_weight: belongs to the dreambooth loss; DCO keeps the prior by itself")
     if s.prior_loss_weight and not s.train_text_encoder_ti:
-        warnings.warn(f"prior_loss_weight: {s.token} begins as the word {s.class_noun!r} and is not trained, so one prompt asks for the subject and for its class; train_text_encoder_ti=True tells them apart")
-    if s.class_data_dir and not s.prior_loss_weight: raise ValueError("class_data_dir: does nothing at prior_loss_weight=0; 1.0 is usual")
-    if s.validation_steps and not s.validation_prompt: raise ValueError("validation_steps: needs a validation_prompt such as 'a {subject} in the snow'")
-    if s.batched and s.loss != 'dco': raise ValueError("batched=True: joins the predictions of φ and θ, and only the dco loss uses φ")
-    if s.batched and s.gradient_checkpointing: raise ValueError("batched=True: cannot be combined with gradient_checkpointing, which computes rows anew after their LoRA scales are gone")
+        warnings.warn(f"prior_loss_weight: {s.token} begins as the word {s.class_noun!r} and is not "
+                      f"trained, so one prompt asks for the subject and for its class; "
+                      f"train_text_encoder_ti=True tells them apart")
+    if s.class_data_dir and not s.prior_loss_weight:
+        raise ValueError("class_data_dir: does nothing at prior_loss_weight=0; 1.0 is usual")
+    if s.validation_steps and not s.validation_prompt:
+        raise ValueError("validation_steps: needs a validation_prompt such as 'a {subject} in the snow'")
+    if s.batched and s.loss != 'dco':
+        raise ValueError("batched=True: joins the predictions of φ and θ, and only the dco loss uses φ")
+    if s.batched and s.gradient_checkpointing:
+        raise ValueError("batched=True: cannot be combined with gradient_checkpointing, which computes "
+                         "rows anew after their LoRA scales are gone")
     for prompt in s.validation_prompt or ():
-        if '{subject}' not in prompt and s.token not in prompt: raise ValueError(f"validation_prompt={prompt!r}: has neither {{subject}} nor {s.token} in it")
-    needed = dict(bitsandbytes=s.use_8bit_adam, tensorboard=s.report_to in ('tensorboard', 'all'), wandb=s.report_to == 'wandb')
+        if '{subject}' not in prompt and s.token not in prompt:
+            raise ValueError(f"validation_prompt={prompt!r}: has neither {{subject}} nor {s.token} in it")
+    needed = dict(bitsandbytes=s.use_8bit_adam, tensorboard=s.report_to in ('tensorboard', 'all'),
+                  wandb=s.report_to == 'wandb')
     for package, wanted in needed.items():
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{'use_8bit_adam=True' if package == 'bitsandbytes' else f'report_to={s.report_to!r}'}: needs the package {package} (pip install {package})")
+            raise ValueError(
+                f"{'use_8bit_adam=True' if package == 'bitsandbytes' else f'report_to={s.report_to!r}'}: "
+                f"needs the package {package} (pip install {package})")
 
 # %% ../../nbs/3_subject/06_defaults.ipynb #c057
 def check_unused(s):
     "ValueError for a setting that `resolve` would otherwise drop."
     if s.text_encoder_lr is not None and not s.train_text_encoder_ti:
         raise ValueError("text_encoder_lr: does nothing without train_text_encoder_ti=True")
-    if s.beta is not None and s.loss == 'dreambooth': raise ValueError("beta: belongs to the dco loss; dreambooth has none")
+    if s.beta is not None and s.loss == 'dreambooth':
+        raise ValueError("beta: belongs to the dco loss; dreambooth has none")
 
 def resolve(s):
     "`Settings` with the recommended value for each that is None, paths as texts, checked."

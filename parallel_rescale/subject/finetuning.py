@@ -48,27 +48,35 @@ def load_run(references, s, accelerator):
     "Load the base model, teach its text encoders the token and give its UNet a LoRA."
     check_words(s.base, s.token, s.class_noun, s.revision)
     pipe = load_base(s.base, s.mixed_precision, accelerator.device, s.variant, s.revision, s.vae)
-    encoders = dict(clip_l=(pipe.tokenizer, pipe.text_encoder), clip_g=(pipe.tokenizer_2, pipe.text_encoder_2))
+    encoders = dict(clip_l=(pipe.tokenizer, pipe.text_encoder),
+                    clip_g=(pipe.tokenizer_2, pipe.text_encoder_2))
     norms = tuple(mean_norm(encoder.get_input_embeddings().weight) for _, encoder in encoders.values())
     rows = {key: add_token(*pair, s.token, s.class_noun) for key, pair in encoders.items()}
     for pair in encoders.values(): pool_at_eos(*pair)
     lora = add_lora(pipe.unet, s.rank, s.target_modules, s.seed) if s.rank else []
     params = [dict(params=[flatten(lora)], lr=s.learning_rate)] if s.rank else []
-    if s.train_text_encoder_ti: params.append(dict(params=[flatten([r.requires_grad_() for r in rows.values()])], lr=s.text_encoder_lr, weight_decay=0.0))
+    if s.train_text_encoder_ti:
+        params.append(dict(params=[flatten([r.requires_grad_() for r in rows.values()])],
+                           lr=s.text_encoder_lr, weight_decay=0.0))
     if s.gradient_checkpointing: pipe.unet.enable_gradient_checkpointing(); pipe.unet.train()
-    return Run(s, accelerator, pipe, DDPMScheduler.from_config(pipe.scheduler.config), rows, params, references, norms=norms)
+    return Run(s, accelerator, pipe, DDPMScheduler.from_config(pipe.scheduler.config), rows, params,
+               references, norms=norms)
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c060
 def class_pictures(run):
-    "Pictures of the class for prior preservation: those of `class_data_dir`, or made by the base model under output/class_images, by all processes together."
+    """Pictures of the class for prior preservation: those of `class_data_dir`, or made by the base model
+    under output/class_images, by all processes together."""
     s = run.settings
     if s.class_data_dir: return [open_image(p) for p in image_files(s.class_data_dir)]
-    folder, prompt, rank = Path(s.output)/'class_images', base_prompt(DEFAULT_CAPTION, s.class_noun), run.accelerator.process_index
+    folder, prompt, rank = Path(s.output)/'class_images', base_prompt(DEFAULT_CAPTION,
+        s.class_noun), run.accelerator.process_index
     files = [folder/f"{n:03d}.png" for n in range(s.num_class_images)]
     folder.mkdir(exist_ok=True)
-    for n in range(rank, len(files), run.accelerator.num_processes):         # each picture has its own seed: who draws it does not matter
+    # each picture has its own seed: who draws it does not matter
+    for n in range(rank, len(files), run.accelerator.num_processes):
         if files[n].exists(): continue
-        picture, part = sample_pictures(run, [prompt], CFG(5.0, adapter=0.0), seed=s.seed + 10_000 + n)[0], folder/f".{files[n].name}"
+        picture, part = sample_pictures(run, [prompt], CFG(5.0, adapter=0.0),
+                                        seed=s.seed + 10_000 + n)[0], folder/f".{files[n].name}"
         picture.save(part); os.replace(part, files[n])                       # whole or not there
     run.accelerator.wait_for_everyone()
     return [open_image(file) for file in files]
@@ -78,20 +86,28 @@ def warn_about_length(tokenizer, captions, token):
     "Warn of captions that the text encoders cannot read to their end."
     for caption in captions:
         length = len(tokenizer(subject_prompt(caption, token)).input_ids)
-        if length > tokenizer.model_max_length: warnings.warn(f"the caption {caption!r} has {length} tokens; the text encoders read the first {tokenizer.model_max_length}")
+        if length > tokenizer.model_max_length:
+            warnings.warn(f"the caption {caption!r} has {length} tokens; the text encoders read the first "
+                          f"{tokenizer.model_max_length}")
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c062
 @torch.no_grad()
 def cache(run):
-    "Encode what does not change: pictures, base captions, subject captions unless their token is learned, pictures of the class."
+    """Encode what does not change: pictures, base captions, subject captions unless their token is
+    learned, pictures of the class."""
     s, pipe, captions = run.settings, run.pipe, [r.caption for r in run.references]
     warn_about_length(pipe.tokenizer, captions, s.token)
     run.data = cache_data(pipe, run.references, s.resolution, s.crop, s.seed)
-    with autocast(run):                                                      # as in a step, where a learned token's captions are encoded
-        subject = None if s.train_text_encoder_ti else embed(pipe, [subject_prompt(c, s.token) for c in captions])
-        run.text = SimpleNamespace(subject=subject, base=embed(pipe, [base_prompt(c, s.class_noun) for c in captions]), noun=embed(pipe, [base_prompt(DEFAULT_CAPTION, s.class_noun)]))
+    # as in a step, where a learned token's captions are encoded
+    with autocast(run):
+        subject = None if s.train_text_encoder_ti else embed(pipe,
+            [subject_prompt(c, s.token) for c in captions])
+        run.text = SimpleNamespace(subject=subject, base=embed(pipe,
+            [base_prompt(c, s.class_noun) for c in captions]),
+                                   noun=embed(pipe, [base_prompt(DEFAULT_CAPTION, s.class_noun)]))
     if s.prior_loss_weight:
-        run.prior = cache_data(pipe, as_references(class_pictures(run)), s.resolution, 'center', s.seed, 'class picture')
+        run.prior = cache_data(pipe, as_references(class_pictures(run)), s.resolution, 'center', s.seed,
+                               'class picture')
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c064
 def prepare(run):
@@ -100,19 +116,23 @@ def prepare(run):
     cache(run)
     set_aside(run)
     run.optimizer = make_optimizer(run.params, s.use_8bit_adam)
-    run.lr_scheduler = get_scheduler(s.lr_scheduler, run.optimizer, num_warmup_steps=s.lr_warmup_steps, num_training_steps=s.max_train_steps)
-    run.scaler = torch.amp.GradScaler(run.accelerator.device.type, init_scale=2.0**10, enabled=s.mixed_precision == 'fp16')
+    run.lr_scheduler = get_scheduler(s.lr_scheduler, run.optimizer, num_warmup_steps=s.lr_warmup_steps,
+                                     num_training_steps=s.max_train_steps)
+    run.scaler = torch.amp.GradScaler(run.accelerator.device.type, init_scale=2.0**10,
+                                      enabled=s.mixed_precision == 'fp16')
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c067
 def save_run(run, folder, step, pictures=()):
-    "Write the subject as it is at a step: LoRA, token rows, subject.json, README.md. Each file is whole or not there."
+    """Write the subject as it is at a step: LoRA, token rows, subject.json, README.md. Each file is whole
+    or not there."""
     s, part = run.settings, Path(folder)/'.part'
     shutil.rmtree(part, ignore_errors=True)
     if s.rank: save_adapter(run.pipe.unet, part)
     save_tokens(part, s.token, run.rows['clip_l'], run.rows['clip_g'])
     for file in part.iterdir(): os.replace(file, Path(folder)/file.name)
     part.rmdir()
-    subject = Subject(s.token, s.class_noun, s.base, str(folder), dict(card_settings(s), max_train_steps=step), signature=base_signature(run.pipe.unet))
+    subject = Subject(s.token, s.class_noun, s.base, str(folder),
+                      dict(card_settings(s), max_train_steps=step), signature=base_signature(run.pipe.unet))
     return subject.save(folder, pictures)
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c068
@@ -120,10 +140,12 @@ def save_checkpoint(run, step):
     "Save a checkpoint (see `write_checkpoint`), from the main process; its folder."
     s = run.settings
     if not run.accelerator.is_main_process: return Path(s.output)/f"{CHECKPOINT}{step}"
-    return write_checkpoint(s.output, step, lambda folder: save_run(run, folder, step), run.parts, saved_settings(s), s.checkpoints_total_limit)
+    return write_checkpoint(s.output, step, lambda folder: save_run(run, folder, step), run.parts,
+                            saved_settings(s), s.checkpoints_total_limit)
 
 def load_checkpoint(run, folder):
-    "Restore adapter, token, optimizer, schedule and loss scale; random choices follow from (seed, step). The number of steps that were done."
+    """Restore adapter, token, optimizer, schedule and loss scale; random choices follow from (seed,
+    step). The number of steps that were done."""
     if run.settings.rank: load_adapter(run.pipe.unet, Path(folder)/LORA_FILE)
     with torch.no_grad():
         for row, saved in zip(run.rows.values(), load_tokens(folder)[1:]): row.copy_(saved)
@@ -151,17 +173,23 @@ def anyone(run, flag):
     return run.accelerator.reduce(torch.tensor(float(flag), device=run.accelerator.device), 'sum').item() > 0
 
 def train(run, first=0):
-    "Take the steps from `first` on, with log, checkpoints and validation pictures. What was learned is saved where the loss breaks or Ctrl-C is pressed."
+    """Take the steps from `first` on, with log, checkpoints and validation pictures. What was learned is
+    saved where the loss breaks or Ctrl-C is pressed."""
     s, main = run.settings, run.accelerator.is_main_process
-    if s.report_to: run.accelerator.init_trackers('finetune', config={k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(s).items()})
-    bar = tqdm(range(first, s.max_train_steps), initial=first, total=s.max_train_steps, desc=f"{s.token} ({s.loss})", disable=not main)
+    if s.report_to:
+        run.accelerator.init_trackers('finetune', config={k: v if isinstance(v, (int, float, str, bool))
+            else str(v) for k, v in vars(s).items()})
+    bar = tqdm(range(first, s.max_train_steps), initial=first, total=s.max_train_steps,
+               desc=f"{s.token} ({s.loss})", disable=not main)
     with interruptible() as interrupted:
         for step in bar:
             try: logs = train_step(run, step)
-            except FloatingPointError as error: raise FloatingPointError(f"{error}{saved_as(run, step)}") from None
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}{saved_as(run, step)}") from None
             after_step(run, step + 1, logs, bar)
             if anyone(run, interrupted()):
-                raise KeyboardInterrupt(f"stopped after step {step + 1}{saved_as(run, step + 1)}; go on with resume_from_checkpoint='latest'")
+                raise KeyboardInterrupt(f"stopped after step {step + 1}{saved_as(run, step + 1)}; go on "
+                                        f"with resume_from_checkpoint='latest'")
     if s.report_to: run.accelerator.end_training()
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c079
@@ -181,20 +209,27 @@ def fingerprint(references):
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c083
 def checkpoint_of(s):
-    "The checkpoint to go on from, or None for a fresh start; ValueError where there is none of that name, or it was made with other settings."
+    """The checkpoint to go on from, or None for a fresh start; ValueError where there is none of that
+    name, or it was made with other settings."""
     if s.resume_from_checkpoint is None: return None
     folder = find_checkpoint(s.output, s.resume_from_checkpoint)
     if folder is None: print(f"no checkpoint in {s.output} yet: starting from the first step"); return None
     state, new = read_state(folder), saved_settings(s)
     old = state['settings']
-    if state['step'] > s.max_train_steps: raise ValueError(f"max_train_steps={s.max_train_steps}: {folder.name} has done {state['step']} steps already")
-    if changed := changed_settings(new, old): raise ValueError(f"{folder} was made with other settings, and a run resumes only with its own: {'; '.join(changed)}")
+    if state['step'] > s.max_train_steps:
+        raise ValueError(
+            f"max_train_steps={s.max_train_steps}: {folder.name} has done {state['step']} steps already")
+    if changed := changed_settings(new, old):
+        raise ValueError(
+            f"{folder} was made with other settings, and a run resumes only with its own: "
+            f"{'; '.join(changed)}")
     warn_about_versions(folder)
     return folder
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c084
 def prepare_output(run, checkpoint=None):
-    "Make the output folder ready: an earlier run is cleared away, or its log cut where the checkpoint resumes; say what is odd about the pictures."
+    """Make the output folder ready: an earlier run is cleared away, or its log cut where the checkpoint
+    resumes; say what is odd about the pictures."""
     s, output = run.settings, Path(run.settings.output)
     if run.accelerator.is_main_process:
         if s.overwrite and checkpoint is None: clear_output(output)
@@ -203,7 +238,8 @@ def prepare_output(run, checkpoint=None):
         write_json(output/SETTINGS, saved_settings(s))
         sizes = {r.image.size for r in run.references}
         if sizes != {(s.resolution, s.resolution)}:
-            print(f"note: pictures of {', '.join(f'{w}×{h}' for w, h in sorted(sizes))} are cut ({s.crop}) and resized to {s.resolution}×{s.resolution}")
+            print(f"note: pictures of {', '.join(f'{w}×{h}' for w, h in sorted(sizes))} are cut ({s.crop}) "
+                  f"and resized to {s.resolution}×{s.resolution}")
     run.accelerator.wait_for_everyone()
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c085
@@ -211,9 +247,11 @@ def gather(images, s):
     "The references, the processes that will learn them, and the settings with what was found out of both."
     references = as_references(images, s.class_noun, s.caption)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))            # while one of them draws
-    accelerator = Accelerator(log_with=s.report_to, project_dir=str(Path(s.output)/'logs'), kwargs_handlers=[patience])
+    accelerator = Accelerator(log_with=s.report_to, project_dir=str(Path(s.output)/'logs'),
+                              kwargs_handlers=[patience])
     if accelerator.is_main_process and (note := check_references(references)): print(f"note: {note}")
-    return references, accelerator, replace(s, fingerprint=fingerprint(references), num_processes=accelerator.num_processes)
+    return references, accelerator, replace(s, fingerprint=fingerprint(references),
+                                            num_processes=accelerator.num_processes)
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c087
 @with_settings
@@ -221,7 +259,8 @@ def finetune(
     images,         # a folder, or a list of references, (image, caption) pairs or images: see `as_references`
     **given,        # by name, see `Settings`
 ) -> Subject:
-    "Teach a base model one subject from a few pictures; the saved `Subject`. Settings left None take the values of `recommended(base)`."
+    """Teach a base model one subject from a few pictures; the saved `Subject`. Settings left None take
+    the values of `recommended(base)`."""
     s = resolve(Settings(**given))
     check_output(s.output, s.resume_from_checkpoint is not None, s.overwrite)
     references, accelerator, s = gather(images, s)
@@ -234,7 +273,8 @@ def finetune(
 
 # %% ../../nbs/3_subject/10_finetune.ipynb #c088
 def prepared_run(images, **given):
-    "A run of `finetune` just before its first step, with nothing written: for benchmarks, and for looking inside."
+    """A run of `finetune` just before its first step, with nothing written: for benchmarks, and for
+    looking inside."""
     s = resolve(Settings(**dict(output='unused') | given))
     references, accelerator, s = gather(images, s)
     run = load_run(references, s, accelerator)

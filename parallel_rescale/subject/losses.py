@@ -31,7 +31,8 @@ def min_snr_weight(
     gamma=5.0,                     # ratios above γ count as γ
     prediction_type='epsilon',     # or 'v_prediction'
 ):
-    "Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556): min(SNR, γ)/SNR for noise prediction, min(SNR, γ)/(SNR + 1) for v."
+    """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556): min(SNR, γ)/SNR for noise prediction, min(SNR,
+    γ)/(SNR + 1) for v."""
     return snr.clamp(max=gamma) / (snr + 1 if prediction_type == 'v_prediction' else snr)
 
 # %% ../../nbs/3_subject/05_losses.ipynb #c037

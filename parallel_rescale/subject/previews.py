@@ -23,7 +23,8 @@ from ..machine.prompts import derive_base, subject_prompt
 
 # %% ../../nbs/3_subject/09_previews.ipynb #c063
 def set_aside(run):
-    "Move what training does not use to the main memory: the VAE, and the text encoders where their outputs are cached."
+    """Move what training does not use to the main memory: the VAE, and the text encoders where their
+    outputs are cached."""
     run.pipe.vae.to('cpu')
     if not run.settings.train_text_encoder_ti:
         run.pipe.text_encoder.to('cpu'); run.pipe.text_encoder_2.to('cpu')
@@ -35,24 +36,31 @@ def both_prompts(prompt, s):
     return prompt, derive_base(prompt, s.token, s.class_noun)
 
 # %% ../../nbs/3_subject/09_previews.ipynb #c070
-SAMPLE_STEPS, SAMPLE_PROMPTS = 20, ('a photo of a {subject}', 'a watercolor painting of a {subject}', 'a pencil sketch of a {subject} in the snow')
+SAMPLE_STEPS, SAMPLE_PROMPTS = 20, ('a photo of a {subject}', 'a watercolor painting of a {subject}',
+                                    'a pencil sketch of a {subject} in the snow')
 
 def sample_pictures(run, prompts, rule, seed=0):
-    "A picture for each prompt under a guidance rule, with the weights as they are; each from its own seed, whatever its neighbours."
+    """A picture for each prompt under a guidance rule, with the weights as they are; each from its own
+    seed, whatever its neighbours."""
     pipe, s, out = run.pipe, run.settings, []
     for number, prompt in enumerate(prompts):
         subject, base = both_prompts(prompt, s)
         text = encode_prompts(pipe, dict(null=None, base=base, subject=subject))
         with guided(pipe.unet, rule, text, scheduler=pipe.scheduler, tokens_only=not s.rank):
-            latents = pipe(prompt_embeds=text['subject'].hidden, pooled_prompt_embeds=text['subject'].pooled, guidance_scale=1.0, num_inference_steps=SAMPLE_STEPS,
-                           height=s.resolution, width=s.resolution, generator=torch.Generator().manual_seed(seed + number), output_type='latent').images
+            latents = pipe(prompt_embeds=text['subject'].hidden,
+                           pooled_prompt_embeds=text['subject'].pooled, guidance_scale=1.0,
+                           num_inference_steps=SAMPLE_STEPS,
+                           height=s.resolution, width=s.resolution,
+                           generator=torch.Generator().manual_seed(seed + number),
+                           output_type='latent').images
         out += pipe.image_processor.postprocess(decode(pipe.vae, latents), output_type='pil')
     return out
 
 # %% ../../nbs/3_subject/09_previews.ipynb #c071
 @contextmanager
 def everything_on_device(run):
-    "For sampling: the parts that training has set aside come back to the device, in evaluation mode, and leave again."
+    """For sampling: the parts that training has set aside come back to the device, in evaluation mode,
+    and leave again."""
     pipe, training = run.pipe, run.pipe.unet.training
     pipe.to(run.accelerator.device); pipe.unet.eval()
     try: yield
@@ -61,7 +69,9 @@ def everything_on_device(run):
 # %% ../../nbs/3_subject/09_previews.ipynb #c072
 def log_pictures(tracker, pictures, prompts, step):
     "Send pictures to a tensorboard or wandb tracker."
-    if tracker.name == 'tensorboard': tracker.writer.add_images('validation', np.stack([np.asarray(p) for p in pictures]), step, dataformats='NHWC')
+    if tracker.name == 'tensorboard':
+        tracker.writer.add_images('validation', np.stack([np.asarray(p) for p in pictures]), step,
+                                  dataformats='NHWC')
     if tracker.name == 'wandb':
         import wandb
         tracker.log({'validation': [wandb.Image(p, caption=c) for p, c in zip(pictures, prompts)]}, step=step)
@@ -78,14 +88,19 @@ def validate(run, step):
 
 # %% ../../nbs/3_subject/09_previews.ipynb #c074
 def save_samples(run):
-    "Sample pictures for the model card, under samples/: rows are prompts, columns a reference and two guidance rules. The names of the files."
+    """Sample pictures for the model card, under samples/: rows are prompts, columns a reference and two
+    guidance rules. The names of the files."""
     s, folder = run.settings, Path(run.settings.output)/'samples'
     folder.mkdir(exist_ok=True)
-    prompts, rules = s.validation_prompt or SAMPLE_PROMPTS, dict(cfg=CFG(5.0), parallel_rescale=ParallelRescale())
-    with everything_on_device(run): columns = [sample_pictures(run, prompts, rule, s.seed) for rule in rules.values()]
+    prompts, rules = s.validation_prompt or SAMPLE_PROMPTS, dict(cfg=CFG(5.0),
+        parallel_rescale=ParallelRescale())
+    with everything_on_device(run):
+        columns = [sample_pictures(run, prompts, rule, s.seed) for rule in rules.values()]
     for name, pictures in zip(rules, columns):
         for n, picture in enumerate(pictures): picture.save(folder/f"{name}-{n}.png")
-    reference = [crop_square(run.references[n % len(run.references)].image, s.resolution)[0] for n in range(len(prompts))]
-    grid = image_grid(list(zip(reference, *columns)), [both_prompts(p, s)[0] for p in prompts], ['a reference', *map(label, rules.values())], scale=2 if s.resolution < 256 else 1)
+    reference = [crop_square(run.references[n % len(run.references)].image, s.resolution)[0]
+                 for n in range(len(prompts))]
+    grid = image_grid(list(zip(reference, *columns)), [both_prompts(p, s)[0] for p in prompts],
+                      ['a reference', *map(label, rules.values())], scale=2 if s.resolution < 256 else 1)
     grid.save(folder/'grid.png')
     return ['samples/grid.png']

@@ -34,18 +34,24 @@ def check_caption(caption, where, class_noun=None):
     if not isinstance(caption, str): raise ValueError(f"{where}: the caption is {caption!r}, expected text")
     caption = ' '.join(caption.split())
     if '{subject}' in caption: return caption
-    hint = caption.replace(class_noun, '{subject}', 1) if class_noun and class_noun in caption else DEFAULT_CAPTION
-    raise ValueError(f"{where}: the caption {caption!r} has no {{subject}}. Write it where the subject stands, as in {hint!r}")
+    hint = caption.replace(class_noun, '{subject}',
+                           1) if class_noun and class_noun in caption else DEFAULT_CAPTION
+    raise ValueError(f"{where}: the caption {caption!r} has no {{subject}}. Write it where the subject "
+                     f"stands, as in {hint!r}")
 
 # %% ../../nbs/3_subject/01_references.ipynb #c015
 def to_rgb(image):
-    "Any Pillow picture, or a uint8 array [H, W], [H, W, 3] or [H, W, 4], as an upright 8-bit RGB picture; transparency becomes white."
+    """Any Pillow picture, or a uint8 array [H, W], [H, W, 3] or [H, W, 4], as an upright 8-bit RGB
+    picture; transparency becomes white."""
     if isinstance(image, np.ndarray): image = Image.fromarray(image)
-    image = ImageOps.exif_transpose(image)                    # a phone stores the picture lying down and a note to turn it
-    if image.mode.startswith('I') or image.mode == 'F':       # 16-bit, 32-bit and float greys: Pillow would clip them at 255
+    # a phone stores the picture lying down and a note to turn it
+    image = ImageOps.exif_transpose(image)
+    # 16-bit, 32-bit and float greys: Pillow would clip them at 255
+    if image.mode.startswith('I') or image.mode == 'F':
         values = np.asarray(image, dtype=np.float64)
         white = next((w for w in (1, 255, 65535) if values.max() <= w), values.max())
-        if image.mode.startswith('I;16'): white = 65535       # here the white point is known, even if the picture is dark
+        # here the white point is known, even if the picture is dark
+        if image.mode.startswith('I;16'): white = 65535
         return Image.fromarray((values.clip(0) / white * 255).round().astype(np.uint8)).convert('RGB')
     if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -90,7 +96,8 @@ def image_files(folder):
     names = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith('.'))
     found = [p for p in names if p.suffix.lower() in IMAGE_SUFFIXES]
     if found: return found
-    heic = ' (HEIC pictures: convert them to JPEG first)' if any(p.suffix.lower() in ('.heic', '.heif') for p in names) else ''
+    heic = ' (HEIC pictures: convert them to JPEG first)' if any(p.suffix.lower() in ('.heic', '.heif')
+        for p in names) else ''
     raise ValueError(f"images: no image in {folder}{heic}; looked for {', '.join(IMAGE_SUFFIXES)}")
 
 # %% ../../nbs/3_subject/01_references.ipynb #c028
@@ -105,12 +112,14 @@ def metadata_rows(file):
             where = f"{file}, line {n}"
             try: row = json.loads(line)
             except json.JSONDecodeError as error: raise ValueError(f"{where}: not JSON ({error})") from None
-            if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with 'file_name', got {line.strip()!r}")
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object with 'file_name', got {line.strip()!r}")
             yield where, row
 
 # %% ../../nbs/3_subject/01_references.ipynb #c029
 def metadata_captions(folder, class_noun=None):
-    "{file name: caption} from an ImageFolder's `metadata.jsonl` or `metadata.csv`; None where there is neither."
+    """{file name: caption} from an ImageFolder's `metadata.jsonl` or `metadata.csv`; None where there is
+    neither."""
     for file in (Path(folder)/'metadata.jsonl', Path(folder)/'metadata.csv'):
         if file.exists(): break
     else: return None
@@ -118,8 +127,10 @@ def metadata_captions(folder, class_noun=None):
     for where, row in metadata_rows(file):
         column = next((c for c in CAPTION_COLUMNS if c in row), None)
         if 'file_name' not in row or column is None:
-            raise ValueError(f"{where}: expected 'file_name' and one of {CAPTION_COLUMNS}, got {sorted(map(str, row))}")
-        if not (Path(folder)/row['file_name']).is_file(): raise ValueError(f"{where}: there is no image {row['file_name']!r}")
+            raise ValueError(
+                f"{where}: expected 'file_name' and one of {CAPTION_COLUMNS}, got {sorted(map(str, row))}")
+        if not (Path(folder)/row['file_name']).is_file():
+            raise ValueError(f"{where}: there is no image {row['file_name']!r}")
         captions[row['file_name']] = check_caption(row[column], where, class_noun)
     if not captions: raise ValueError(f"{file}: no rows in it")
     return captions
@@ -138,8 +149,10 @@ def image_files_and_captions(folder, class_noun=None):
     if listed is None:
         files = image_files(folder)
         return files, [sidecar_caption(path) for path in files]
-    unlisted = [p.name for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name not in listed]
-    if unlisted: warnings.warn(f"{folder}: the metadata does not list {', '.join(sorted(unlisted))}; left out")
+    unlisted = [p.name for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES
+                and p.name not in listed]
+    if unlisted:
+        warnings.warn(f"{folder}: the metadata does not list {', '.join(sorted(unlisted))}; left out")
     return [Path(folder)/name for name in listed], list(listed.values())
 
 # %% ../../nbs/3_subject/01_references.ipynb #c035
@@ -151,11 +164,13 @@ def load_references(
     crop='center',       # or 'random'
     seed=0,              # of random crops
 ):
-    "Read a folder of 1–20 pictures and their captions as a list of `Reference`, sorted by name. ValueError names the file at fault."
+    """Read a folder of 1–20 pictures and their captions as a list of `Reference`, sorted by name.
+    ValueError names the file at fault."""
     folder = Path(folder).expanduser()
     files, own = image_files_and_captions(folder, class_noun)
     caption = check_caption(DEFAULT_CAPTION if caption is None else caption, 'caption', class_noun)
-    captions = [caption if text is None else check_caption(text, path, class_noun) for path, text in zip(files, own)]
+    captions = [caption if text is None else check_caption(text, path, class_noun) for path,
+                text in zip(files, own)]
     images, rng = [open_image(path) for path in files], np.random.default_rng(seed)
     if resolution: images = [crop_square(image, resolution, crop, rng)[0] for image in images]
     return [Reference(image, caption, str(path)) for image, caption, path in zip(images, captions, files)]
@@ -163,7 +178,8 @@ def load_references(
 # %% ../../nbs/3_subject/01_references.ipynb #c038
 def describe(value):
     "A few words on what a value is, for messages."
-    if hasattr(value, 'shape') and hasattr(value, 'dtype'): return f"a {type(value).__name__} of {value.dtype} {list(value.shape)}"
+    if hasattr(value, 'shape') and hasattr(value, 'dtype'):
+        return f"a {type(value).__name__} of {value.dtype} {list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
 
 # %% ../../nbs/3_subject/01_references.ipynb #c039
@@ -171,18 +187,23 @@ def as_reference(item, where, class_noun=None, caption=None):
     "One `Reference` from a reference, an (image, caption) pair, an image or a path."
     if isinstance(item, Reference): item, path = (item.image, item.caption), item.path
     else: path = ''
-    image, text = item if isinstance(item, tuple) and len(item) == 2 else (item, DEFAULT_CAPTION if caption is None else caption)
+    image, text = item if isinstance(item, tuple) and len(item) == 2 else (item,
+        DEFAULT_CAPTION if caption is None else caption)
     text = check_caption(text, where, class_noun)
     if isinstance(image, (str, Path)): return Reference(open_image(image), text, str(image))
     if isinstance(image, Image.Image): return Reference(to_rgb(image), text, path)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3): return Reference(to_rgb(image), text, path)
-    raise ValueError(f"{where}: got {describe(image)}, expected a Pillow image, a uint8 array [H, W, 3] or a path")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        return Reference(to_rgb(image), text, path)
+    raise ValueError(
+        f"{where}: got {describe(image)}, expected a Pillow image, a uint8 array [H, W, 3] or a path")
 
 # %% ../../nbs/3_subject/01_references.ipynb #c040
 def as_references(images, class_noun=None, caption=None):
-    "A list of `Reference` from a folder, or from a list of references, (image, caption) pairs, images (Pillow or uint8 array) or paths."
+    """A list of `Reference` from a folder, or from a list of references, (image, caption) pairs, images
+    (Pillow or uint8 array) or paths."""
     if isinstance(images, (str, Path)): return load_references(images, class_noun, caption)
-    if isinstance(images, (Image.Image, np.ndarray)): raise ValueError("images: got one image, expected a folder or a list of images")
+    if isinstance(images, (Image.Image, np.ndarray)):
+        raise ValueError("images: got one image, expected a folder or a list of images")
     images = list(images)
     if not images: raise ValueError("images: the list is empty, expected at least one image")
     return [as_reference(item, f"images[{i}]", class_noun, caption) for i, item in enumerate(images)]
@@ -191,20 +212,26 @@ def as_references(images, class_noun=None, caption=None):
 def dco_names(entry, where):
     "The identifier and the class noun of an entry of the DCO authors' JSON."
     first = lambda key: (entry.get(key) or [None])[0]
-    names = first('inserting_tokens') or entry.get('identifier'), first('initializer_tokens') or entry.get('class')
-    if None in names: raise ValueError(f"{where}: expected 'identifier' and 'class' (or 'inserting_tokens' and 'initializer_tokens')")
+    names = first('inserting_tokens') or entry.get('identifier'), first('initializer_tokens') or entry.get(
+        'class')
+    if None in names:
+        raise ValueError(
+            f"{where}: expected 'identifier' and 'class' (or 'inserting_tokens' and 'initializer_tokens')")
     return names
 
 # %% ../../nbs/3_subject/01_references.ipynb #c044
 def dco_captions(entry, where, identifier, noun):
-    "Captions with {subject}; ValueError where lists differ in length, or `base_prompts` say something else than `prompts`."
+    """Captions with {subject}; ValueError where lists differ in length, or `base_prompts` say something
+    else than `prompts`."""
     images, prompts, bases = (entry.get(key) for key in ('images', 'prompts', 'base_prompts'))
     if not images or not prompts or len(images) != len(prompts) or (bases and len(bases) != len(prompts)):
         raise ValueError(f"{where}: images, prompts and base_prompts must be lists of one length")
-    captions = [check_caption(p.replace(identifier, '{subject}'), f"{where}, prompt {p!r}", identifier) for p in prompts]
+    captions = [check_caption(p.replace(identifier, '{subject}'), f"{where}, prompt {p!r}", identifier)
+                for p in prompts]
     for caption, base in zip(captions, bases or []):
         if base_prompt(caption, noun) != ' '.join(base.split()):
-            raise ValueError(f"{where}: base prompt {base!r} does not match {subject_prompt(caption, identifier)!r} with {noun!r} in it")
+            raise ValueError(f"{where}: base prompt {base!r} does not match "
+                             f"{subject_prompt(caption, identifier)!r} with {noun!r} in it")
     return captions
 
 # %% ../../nbs/3_subject/01_references.ipynb #c045
@@ -217,25 +244,31 @@ def find_image(name, folders, where):
 
 # %% ../../nbs/3_subject/01_references.ipynb #c046
 def from_dco_json(file, name=None, root=None):
-    "Import the DCO authors' `config.json`: (references, identifier, class noun). `name` picks the entry, `root` is where its paths start."
+    """Import the DCO authors' `config.json`: (references, identifier, class noun). `name` picks the
+    entry, `root` is where its paths start."""
     file = Path(file).expanduser()
     try: entries = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError) as error: raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
     if name is None and len(entries) == 1: name = next(iter(entries))
     if name not in entries: raise ValueError(f"{file}: name={name!r}, expected one of {', '.join(entries)}")
     entry, where = entries[name], f"{file}, {name!r}"
     identifier, noun = dco_names(entry, where)
-    if identifier == noun: raise ValueError(f"{where}: identifier and class are both {noun!r} (a style?): there is no subject to learn")
+    if identifier == noun:
+        raise ValueError(
+            f"{where}: identifier and class are both {noun!r} (a style?): there is no subject to learn")
     captions = dco_captions(entry, where, identifier, noun)
     folders = [Path(root)] if root else [file.parent, *file.parent.parents, Path.cwd()]
     paths = [find_image(image, folders, where) for image in entry['images']]
     return [Reference(open_image(p), c, str(p)) for p, c in zip(paths, captions)], identifier, noun
 
 # %% ../../nbs/3_subject/01_references.ipynb #c047b
-STEPS, SMALL, STRIP = 5, 48, 8      # of each colour; side of the picture looked at, and of the strips around it, in pixels
+# of each colour; side of the picture looked at, and of the strips around it, in pixels
+STEPS, SMALL, STRIP = 5, 48, 8
 
 def colour_count(pixels):
-    "Shares [5, 5, 5] of the colours of `pixels` [N, 3] in 0..1; a pixel counts for the eight steps around it, the more the nearer."
+    """Shares [5, 5, 5] of the colours of `pixels` [N, 3] in 0..1; a pixel counts for the eight steps
+    around it, the more the nearer."""
     low, part = np.divmod(np.clip(pixels, 0, 1 - 1e-9) * (STEPS - 1), 1)
     count = np.zeros((STEPS,) * 3)
     for corner in np.ndindex(2, 2, 2):
@@ -250,42 +283,52 @@ def border_colours(image):
     return [colour_count(strip.reshape(-1, 3)) for strip in (small[:STRIP], sides)]
 
 def border_likeness(images):
-    "How alike the borders of pictures are, [n, n] in 0..1: the overlap of their colours, in the strip where it is least."
+    """How alike the borders of pictures are, [n, n] in 0..1: the overlap of their colours, in the strip
+    where it is least."""
     counts = [border_colours(image) for image in images]
     return np.array([[min(np.minimum(x, y).sum() for x, y in zip(a, b)) for b in counts] for a in counts])
 
 # %% ../../nbs/3_subject/01_references.ipynb #c047e
 ALIKE = .6
-PLAIN_WORDS = set('a an the my of photo photograph picture image shot portrait close-up closeup {subject}'.split())
+PLAIN_WORDS = set(
+    'a an the my of photo photograph picture image shot portrait close-up closeup {subject}'.split())
 
 def names_a_place(caption):
     "Whether a caption says more than what it shows: any word beyond 'a photo of a {subject}' and its like."
     return bool(set(caption.lower().replace(',', ' ').replace('.', ' ').split()) - PLAIN_WORDS)
 
 def alike_pictures(images, alike=ALIKE):
-    "Numbers of the pictures that share their background with one of them, if those are three or more and over half of all; else none."
+    """Numbers of the pictures that share their background with one of them, if those are three or more
+    and over half of all; else none."""
     if len(images) < 3: return []
     near = border_likeness(images) >= alike
     group = np.flatnonzero(near[near.sum(1).argmax()])
     return group.tolist() if len(group) > max(2, len(images) / 2) else []
 
 def check_references(references):
-    "One line on what the pictures share and no caption names, with what to write; None where nothing was found."
+    """One line on what the pictures share and no caption names, with what to write; None where nothing
+    was found."""
     group = alike_pictures([r.image for r in references])
     silent = [i for i in group if not names_a_place(references[i].caption)]
     if len(silent) <= len(group) / 2: return None
-    which = f"all {len(group)} pictures" if len(group) == len(references) else f"{len(group)} of {len(references)} pictures"
-    return (f"{which} look alike behind the subject and the captions do not say what is there, so the model will learn it with the subject: "
-            "write it into each caption, as in 'a photo of a {subject} in front of a brick wall', or take pictures in different places")
+    which = f"all {len(group)} pictures" if len(group) == len(
+        references) else f"{len(group)} of {len(references)} pictures"
+    return (f"{which} look alike behind the subject and the captions do not say what is there, so the "
+            f"model will learn it with the subject: "
+            "write it into each caption, as in 'a photo of a {subject} in front of a brick wall', or take "
+            "pictures in different places")
 
 # %% ../../nbs/3_subject/01_references.ipynb #c049
 def caption_lines(reference, token, class_noun, font, room):
-    "What a row of the table says: (text, colour) of the subject prompt and the base prompt, in lines of `room` pixels."
-    both = (subject_prompt(reference.caption, token), '#b3432b'), (base_prompt(reference.caption, class_noun), '#2b5fb3')
+    """What a row of the table says: (text, colour) of the subject prompt and the base prompt, in lines of
+    `room` pixels."""
+    both = (subject_prompt(reference.caption, token), '#b3432b'), (base_prompt(reference.caption,
+        class_noun), '#2b5fb3')
     return [(part, colour) for text, colour in both for part in wrap(text, font, room)]
 
 def reference_table(references, token, class_noun, thumbnail=96, width=720):
-    "A picture of the training set, a row a reference: thumbnail, subject prompt, base prompt; below, what `check_references` found. Look at it before training."
+    """A picture of the training set, a row a reference: thumbnail, subject prompt, base prompt; below,
+    what `check_references` found. Look at it before training."""
     font, line, pad = label_font(13), 19, 10
     rows = [caption_lines(r, token, class_noun, font, width - thumbnail - 3 * pad) for r in references]
     note = [f"note: {check}"] if (check := check_references(references)) else []
@@ -297,7 +340,8 @@ def reference_table(references, token, class_noun, thumbnail=96, width=720):
         draw.text((thumbnail + 2 * pad + left, pad // 2), text, colour, font)
     for reference, row, height in zip(references, rows, heights):
         table.paste(crop_square(reference.image, thumbnail)[0], (pad, top))
-        for n, (part, colour) in enumerate(row): draw.text((thumbnail + 2 * pad, top + n * line), part, colour, font)
+        for n, (part, colour) in enumerate(row):
+            draw.text((thumbnail + 2 * pad, top + n * line), part, colour, font)
         top += height
     for n, part in enumerate(note): draw.text((pad, top + n * line), part, 'black', font)
     return table

@@ -159,7 +159,8 @@ def on_resume(kind):
     return {f.name for f in fields(Settings) if f.metadata.get('resume') == kind}
 
 FREE_ON_RESUME, CUTS = on_resume('free'), on_resume('cut')
-NOTED = {f.name for f in fields(Settings) if f.metadata.get('noted')}    # have their own place in subject.json
+# have their own place in subject.json
+NOTED = {f.name for f in fields(Settings) if f.metadata.get('noted')}
 
 # %% ../../nbs/3_subject/04_settings.ipynb #s021
 def saved_settings(s):

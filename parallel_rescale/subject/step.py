@@ -33,14 +33,17 @@ def predict(unet, x_t, t, text, time_ids):
 
 # %% ../../nbs/3_subject/08_step.ipynb #c036
 def theta_and_phi(unet, batch, subject, base, batched=False):
-    "ε_θ(x_t, c_subj) and, as a constant, ε_φ(x_t, c_base): in two calls, the second without gradients, or in one call of twice the rows."
+    """ε_θ(x_t, c_subj) and, as a constant, ε_φ(x_t, c_base): in two calls, the second without gradients,
+    or in one call of twice the rows."""
     if not batched:
-        with torch.no_grad(), adapter_rows(unet, 0.0): phi = predict(unet, batch.x_t, batch.t, base, batch.time_ids)
+        with torch.no_grad(), adapter_rows(unet, 0.0):
+            phi = predict(unet, batch.x_t, batch.t, base, batch.time_ids)
         return predict(unet, batch.x_t, batch.t, subject, batch.time_ids), phi
     twice = lambda a, b: torch.cat([a, b])
     both = PromptEmbeds(twice(subject.hidden, base.hidden), twice(subject.pooled, base.pooled))
     with adapter_rows(unet, [1.0] * len(batch.t) + [0.0] * len(batch.t), batch.x_t):
-        theta, phi = predict(unet, twice(batch.x_t, batch.x_t), twice(batch.t, batch.t), both, twice(batch.time_ids, batch.time_ids)).chunk(2)
+        theta, phi = predict(unet, twice(batch.x_t, batch.x_t), twice(batch.t, batch.t), both,
+                             twice(batch.time_ids, batch.time_ids)).chunk(2)
     return theta, phi.detach()
 
 # %% ../../nbs/3_subject/08_step.ipynb #c040
@@ -61,7 +64,8 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     scaler: torch.amp.GradScaler | None = None
-    ahead: dict = field(default_factory=dict)    # step → its batches, drawn while the device was still at the step before
+    # step → its batches, drawn while the device was still at the step before
+    ahead: dict = field(default_factory=dict)
 
     @property
     def trained(self): return [p for group in self.params for p in group['params']]
@@ -71,7 +75,8 @@ class Run:
 
 # %% ../../nbs/3_subject/08_step.ipynb #c042
 def subject_text(run, batch):
-    "Prompt embeddings of the subject captions of a batch: cached, or computed anew where the token is learned."
+    """Prompt embeddings of the subject captions of a batch: cached, or computed anew where the token is
+    learned."""
     if run.text.subject is not None: return rows_of(run.text.subject, batch.source)
     numbers = sorted(set(batch.numbers))                                     # each caption once
     captions = [subject_prompt(run.references[i].caption, run.settings.token) for i in numbers]
@@ -86,19 +91,22 @@ def snr_weight(run, batch):
 
 # %% ../../nbs/3_subject/08_step.ipynb #c044
 def loss_of(run, batch):
-    "The loss of one batch and what to log of it: mean squared errors, and for DCO the share of samples whose lead over φ is not yet enough."
+    """The loss of one batch and what to log of it: mean squared errors, and for DCO the share of samples
+    whose lead over φ is not yet enough."""
     s, unet, subject = run.settings, run.pipe.unet, subject_text(run, batch)
     if s.loss == 'dco':
         theta, phi = theta_and_phi(unet, batch, subject, rows_of(run.text.base, batch.source), s.batched)
         model, reference = mse(theta, batch.target), mse(phi, batch.target)
-        log = dict(mse=model.mean(), mse_reference=reference.mean(), unsaturated=torch.sigmoid(s.beta * (model - reference)).mean())
+        log = dict(mse=model.mean(), mse_reference=reference.mean(),
+                   unsaturated=torch.sigmoid(s.beta * (model - reference)).mean())
         return dco_loss(model, reference, s.beta), log
     model = mse(predict(unet, batch.x_t, batch.t, subject, batch.time_ids), batch.target)
     return dreambooth_loss(model, snr_weight(run, batch)), dict(mse=model.mean())
 
 # %% ../../nbs/3_subject/08_step.ipynb #c045
 def prior_loss(run, batch):
-    "Prior preservation (Ruiz et al. 2022): the personalised model still has to denoise pictures of the class under the class prompt."
+    """Prior preservation (Ruiz et al. 2022): the personalised model still has to denoise pictures of the
+    class under the class prompt."""
     text = rows_of(run.text.noun, torch.zeros_like(batch.t))
     return mse(predict(run.pipe.unet, batch.x_t, batch.t, text, batch.time_ids), batch.target).mean()
 
@@ -110,7 +118,8 @@ def micro_batches(run, data, step, purpose=0):
     parts, rank = run.accelerator.num_processes, run.accelerator.process_index
     for micro in range(s.gradient_accumulation_steps):
         first = (micro * parts + rank) * n
-        yield make_batch(data, run.pipe.vae.config, run.noise_scheduler, n * parts * s.gradient_accumulation_steps, (s.seed, step, purpose),
+        yield make_batch(data, run.pipe.vae.config, run.noise_scheduler,
+                         n * parts * s.gradient_accumulation_steps, (s.seed, step, purpose),
                          slice(first, first + n), run.accelerator.device)
 
 def deal(run, step):
@@ -121,34 +130,44 @@ def deal(run, step):
 # %% ../../nbs/3_subject/08_step.ipynb #c048
 def autocast(run):
     "The computing precision of a run, as a context."
-    return torch.autocast(run.accelerator.device.type, DTYPES[run.settings.mixed_precision], enabled=run.settings.mixed_precision != 'no')
+    return torch.autocast(run.accelerator.device.type, DTYPES[run.settings.mixed_precision],
+                          enabled=run.settings.mixed_precision != 'no')
 
 # %% ../../nbs/3_subject/08_step.ipynb #c049
 def average_gradients(run):
-    "Mean of the gradients over all processes: two tensors (see `flatten`), so no DistributedDataParallel is needed around the UNet."
+    """Mean of the gradients over all processes: two tensors (see `flatten`), so no
+    DistributedDataParallel is needed around the UNet."""
     if run.accelerator.num_processes > 1:
         for p in run.trained: p.grad.copy_(run.accelerator.reduce(p.grad.clone(), 'mean'))
 
 # %% ../../nbs/3_subject/08_step.ipynb #c050
 def read_logs(run, logs, norm):
-    "The logged numbers, means over micro-batches and processes, and the gradient's norm: the one moment of a step that waits for the device."
+    """The logged numbers, means over micro-batches and processes, and the gradient's norm: the one moment
+    of a step that waits for the device."""
     values = torch.stack([torch.stack([log[k].float() for log in logs]).mean() for k in logs[0]])
-    if run.accelerator.num_processes > 1: values = run.accelerator.reduce(values, 'mean')    # a NaN of one process becomes one of all
+    # a NaN of one process becomes one of all
+    if run.accelerator.num_processes > 1: values = run.accelerator.reduce(values, 'mean')
     *values, norm = torch.cat([values, norm.float()[None]]).tolist()
     return dict(zip(logs[0], values)), norm
 
 # %% ../../nbs/3_subject/08_step.ipynb #c051
 def check_step(run, step, logs, norm):
-    "FloatingPointError naming the step where a number is not finite; in fp16 a gradient may overflow now and then (the scaler then skips the step)."
+    """FloatingPointError naming the step where a number is not finite; in fp16 a gradient may overflow
+    now and then (the scaler then skips the step)."""
     bad = [k for k, v in logs.items() if not math.isfinite(v)]
-    if bad: raise FloatingPointError(f"step {step + 1}: {', '.join(bad)} is not finite; the weights are those of step {step}")
+    if bad:
+        raise FloatingPointError(
+            f"step {step + 1}: {', '.join(bad)} is not finite; the weights are those of step {step}")
     if math.isfinite(norm) or run.settings.mixed_precision == 'fp16' and run.scaler.get_scale() > 1e-3: return
-    raise FloatingPointError(f"step {step + 1}: the gradient is not finite; the weights are those of step {step}")
+    raise FloatingPointError(
+        f"step {step + 1}: the gradient is not finite; the weights are those of step {step}")
 
 # %% ../../nbs/3_subject/08_step.ipynb #c052
 def make_optimizer(params, use_8bit_adam=False):
     "AdamW over groups of parameters, in 8 bits (bitsandbytes) on request."
-    if not use_8bit_adam: return torch.optim.AdamW(params, weight_decay=1e-4, fused=params[0]['params'][0].device.type in ('cpu', 'cuda'))
+    if not use_8bit_adam:
+        return torch.optim.AdamW(params, weight_decay=1e-4,
+                                 fused=params[0]['params'][0].device.type in ('cpu', 'cuda'))
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(params, weight_decay=1e-4)
 
@@ -165,7 +184,8 @@ def forward_and_backward(run, batches):
     return logs
 
 def train_step(run, step):
-    "One step of the optimizer; the numbers to log. FloatingPointError, before any weight has changed, where the loss or its gradient is not finite."
+    """One step of the optimizer; the numbers to log. FloatingPointError, before any weight has changed,
+    where the loss or its gradient is not finite."""
     s = run.settings
     logs = forward_and_backward(run, run.ahead.pop(step, None) or deal(run, step))
     average_gradients(run)
@@ -174,7 +194,10 @@ def train_step(run, step):
     run.ahead = {step + 1: deal(run, step + 1)}                              # while the device is at work
     logs, norm = read_logs(run, logs, norm)
     check_step(run, step, logs, norm)
-    run.scaler.step(run.optimizer); run.scaler.update(); run.lr_scheduler.step(); run.optimizer.zero_grad(set_to_none=False)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad(set_to_none=False)
     if s.train_text_encoder_ti:
         for row, length in zip(run.rows.values(), run.norms): rescale_row(row, length)
     return dict(step=step + 1, **logs, lr=run.lr_scheduler.get_last_lr()[0])

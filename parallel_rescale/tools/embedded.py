@@ -18,10 +18,12 @@ _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 def check_tiny_sdxl(folder: str | Path = TINY_SDXL  # the model's folder
                    ) -> Path:
-    "The embedded model's folder, after a look at its files: a `FileNotFoundError` or `ValueError` names the broken one and the repair."
+    """The embedded model's folder, after a look at its files: a `FileNotFoundError` or `ValueError` names
+    the broken one and the repair."""
     from safetensors import safe_open
 
-    folder, repair = Path(folder), "reinstall the package (`pip install --force-reinstall parallel_rescale`) to repair it"
+    folder, repair = Path(
+        folder), "reinstall the package (`pip install --force-reinstall parallel_rescale`) to repair it"
     weights = [folder / part / "diffusion_pytorch_model.safetensors" for part in _COMPONENTS[:2]]
     weights += [folder / part / "model.safetensors" for part in _COMPONENTS[2:]]
     texts = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"]
@@ -31,11 +33,13 @@ def check_tiny_sdxl(folder: str | Path = TINY_SDXL  # the model's folder
             raise FileNotFoundError(f"the embedded model misses {file}; {repair}")
     for file in texts:
         try: json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{file} of the embedded model is not valid JSON ({error}); {repair}") from None
+        except ValueError as error:
+            raise ValueError(f"{file} of the embedded model is not valid JSON ({error}); {repair}") from None
     for file in weights:
         try:
             with safe_open(file, "pt") as tensors: tensors.keys()
-        except Exception as error: raise ValueError(f"{file} of the embedded model cannot be read ({error}); {repair}") from None
+        except Exception as error:
+            raise ValueError(f"{file} of the embedded model cannot be read ({error}); {repair}") from None
     return folder
 
 # %% ../../nbs/0_tools/03_embedded.ipynb #c010e

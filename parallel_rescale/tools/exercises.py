@@ -11,10 +11,12 @@ import ast
 # %% ../../nbs/0_tools/04_exercises.ipynb #x005
 def is_open(source: str # of a cell
            ) -> bool:
-    "Whether a `...` still stands for something to be written; those of an index do not count. SyntaxError where the source has one."
+    """Whether a `...` still stands for something to be written; those of an index do not count.
+    SyntaxError where the source has one."""
     tree = ast.parse(source)
     indices = {id(n) for s in ast.walk(tree) if isinstance(s, ast.Subscript) for n in ast.walk(s.slice)}
-    return any(isinstance(n, ast.Constant) and n.value is ... and id(n) not in indices for n in ast.walk(tree))
+    return any(isinstance(n, ast.Constant) and n.value is ... and id(n) not in indices
+               for n in ast.walk(tree))
 
 # %% ../../nbs/0_tools/04_exercises.ipynb #x008
 OPEN = "Still open: put your answer in the place of ... and run this cell again. The solution is folded below."
@@ -30,12 +32,15 @@ def _wrong(statement, error, names):
     if not (isinstance(error, AssertionError) and isinstance(statement, ast.Assert)):
         return f"Not yet: {type(error).__name__}: {error}\n    {ast.unparse(statement).splitlines()[0]}"
     seen = _values(statement.test, names)
-    return f"Not yet. This should hold:\n    {ast.unparse(statement.test)}" + (f"\nbut here {seen}" if seen else "")
+    return f"Not yet. This should hold:\n    {ast.unparse(statement.test)}" + (f"\nbut here {seen}" if seen
+        else "")
 
 def _run(statement, names, show):
     "Run one statement in `names`, and show the value of an expression as a notebook does."
-    if not isinstance(statement, ast.Expr): exec(compile(ast.Module([statement], []), "<exercise>", "exec"), names)
-    elif (value := eval(compile(ast.Expression(statement.value), "<exercise>", "eval"), names)) is not None: show(value)
+    if not isinstance(statement, ast.Expr):
+        exec(compile(ast.Module([statement], []), "<exercise>", "exec"), names)
+    elif (value := eval(compile(ast.Expression(statement.value), "<exercise>", "eval"), names)) is not None:
+        show(value)
 
 # %% ../../nbs/0_tools/04_exercises.ipynb #x009
 def attempt(source: str, # of a cell

@@ -20,7 +20,8 @@ from .util import check_name
 # %% ../../nbs/0_tools/02_plot.ipynb #c005
 def rule_color(rule) -> str:
     "The colour of a guidance rule, or of its name, the same in every figure."
-    from parallel_rescale import RULES       # at last: chapters to come make the rules, and each brings its colour
+    # at last: chapters to come make the rules, and each brings its colour
+    from parallel_rescale import RULES
     return rule.color if hasattr(rule, "color") else RULES[check_name("guidance rule", rule, RULES)].color
 
 # %% ../../nbs/0_tools/02_plot.ipynb #c008
@@ -37,13 +38,16 @@ def stored_png(image) -> bytes | None:
     return page if len(page) <= STORED else None
 
 def stored_jpeg(image) -> bytes | None:
-    "A picture that is too large for `stored_png` as JPEG, in the best quality that fits; None where the PNG fits."
+    """A picture that is too large for `stored_png` as JPEG, in the best quality that fits; None where the
+    PNG fits."""
     if stored_png(image) is not None: return None
-    tries = (page_bytes(image, "jpeg", quality=quality, subsampling=0) for quality in (95, 90, 80, 60, 30, 10))
+    tries = (page_bytes(image, "jpeg", quality=quality, subsampling=0)
+             for quality in (95, 90, 80, 60, 30, 10))
     return next((page for page in tries if len(page) <= STORED), page_bytes(image, "jpeg", quality=1))
 
 def notebook_style():
-    "For notebooks: plain small figures, each stored once as PNG, the cell magic `%%exercise`, no chatter from diffusers and transformers."
+    """For notebooks: plain small figures, each stored once as PNG, the cell magic `%%exercise`, no
+    chatter from diffusers and transformers."""
     import warnings, diffusers, transformers
     import matplotlib.pyplot as plt
     from IPython import get_ipython
@@ -55,7 +59,8 @@ def notebook_style():
     know_exercises()
     if (shell := get_ipython()) is None: return
     formatters = shell.display_formatter.formatters
-    plt.close(plt.figure()) # the notebook's backend registers its own formatter with the first figure; ours comes after it
+    # the notebook's backend registers its own formatter with the first figure; ours comes after it
+    plt.close(plt.figure())
     def drawn(figure):
         figure.savefig(page := io.BytesIO(), format="png", bbox_inches="tight")
         return Image.open(page)
@@ -72,11 +77,13 @@ def _picture(image) -> Image.Image:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3: return Image.fromarray(array)
     if array.dtype.kind == "f" and array.ndim == 3 and array.shape[0] == 3:
         return Image.fromarray(((array.transpose(1, 2, 0).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
-    raise ValueError(f"image_grid: images must be PIL, uint8 [H, W, 3] or float [3, H, W] in [-1, 1]; got {array.dtype} {list(array.shape)}")
+    raise ValueError(f"image_grid: images must be PIL, uint8 [H, W, 3] or float [3, H, W] in [-1, 1]; got "
+                     f"{array.dtype} {list(array.shape)}")
 
 # %% ../../nbs/0_tools/02_plot.ipynb #c012
 def label_font(size):
-    "DejaVu Sans, which comes with matplotlib and has the Greek letters and signs that rules are written with."
+    """DejaVu Sans, which comes with matplotlib and has the Greek letters and signs that rules are written
+    with."""
     from matplotlib import get_data_path
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
@@ -94,19 +101,25 @@ PAD = 6      # pixels between the parts of a grid
 def _rows_and_columns(images, row_labels, column_labels):
     "The pictures of a grid as PIL. ValueError where labels and pictures do not fit one another."
     if not images or any(len(row) != len(column_labels) for row in images) or len(images) != len(row_labels):
-        raise ValueError(f"image_grid: {len(row_labels)} row and {len(column_labels)} column labels do not fit "
+        raise ValueError(
+            f"image_grid: {len(row_labels)} row and {len(column_labels)} column labels do not fit "
                          f"rows of lengths {[len(row) for row in images]}")
     cells = [[None if im is None else _picture(im) for im in row] for row in images]
-    if not any(im for row in cells for im in row): raise ValueError("image_grid: there is no picture in images")
+    if not any(im for row in cells for im in row):
+        raise ValueError("image_grid: there is no picture in images")
     return cells
 
 def _framed(picture, size, color, smooth):
     "A picture enlarged to `size`, with a frame inside its edge where a colour is given."
     large = picture.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-    if color: ImageDraw.Draw(large).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=color, width=max(4, size[0] // 28))
+    if color:
+        ImageDraw.Draw(large).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=color,
+                                        width=max(4, size[0] // 28))
     return large
 
-def image_grid(images: Sequence[Sequence], # rows of pictures: PIL, uint8 [H, W, 3] or float [3, H, W] in [-1, 1]; None leaves a gap
+def image_grid(
+        images: Sequence[
+        Sequence], # rows of pictures: PIL, uint8 [H, W, 3] or float [3, H, W] in [-1, 1]; None leaves a gap
                row_labels: Sequence[str], # one for each row
                column_labels: Sequence[str], # one for each column
                title: str | None = None,
@@ -122,14 +135,16 @@ def image_grid(images: Sequence[Sequence], # rows of pictures: PIL, uint8 [H, W,
     def size(label): return measure.multiline_textbbox((0, 0), label, font=font)[2:] if label else (0, 0)
     columns = ["\n".join(wrap(c, font, w)) for c in column_labels]
     rows = ["\n".join(wrap(r, font, 12.5 * text)) for r in row_labels]
-    left, below = max(int(size(r)[0]) for r in rows) + 2 * PAD, PAD + (int(size(title)[1]) + 2 * PAD if title else 0)
+    left, below = max(int(size(r)[0]) for r in rows) + 2 * PAD, PAD + (int(size(title)[1]) + 2 * PAD
+        if title else 0)
     top = below + int(max(size(c)[1] for c in columns)) + PAD
     width = max(left + len(columns) * (w + PAD), int(size(title)[0]) + 2 * PAD)
     page = Image.new("RGB", (width, top + len(rows) * (h + PAD)), "white")
     draw = ImageDraw.Draw(page)
     if title: draw.text((PAD, PAD), title, "black", font)
     for j, label in enumerate(columns):
-        draw.multiline_text((left + j * (w + PAD) + w / 2, top - PAD), label, "black", font, anchor="md", align="center")
+        draw.multiline_text((left + j * (w + PAD) + w / 2, top - PAD), label, "black", font, anchor="md",
+                            align="center")
     for i, (label, row) in enumerate(zip(rows, cells)):
         y = top + i * (h + PAD)
         draw.multiline_text((left - PAD, y + h / 2), label, "black", font, anchor="rm", align="right")

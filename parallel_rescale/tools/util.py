@@ -38,14 +38,17 @@ def write_json(path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 # %% ../../nbs/0_tools/01_util.ipynb #u011
-def default_device(asked: str | None = None # "cuda", "cuda:1", "mps" or "cpu"; None: CUDA where there is one, else the CPU
+def default_device(asked: str
+                   | None = None # "cuda", "cuda:1", "mps" or "cpu"; None: CUDA where there is one, else the CPU
                   ) -> str:
     "The device to run on. ValueError where the one asked for is not there."
     import torch
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if asked is None: return "cuda" if there["cuda"] else "cpu"
     kind = str(asked).partition(":")[0]
-    if not there.get(kind): raise ValueError(f"device: {asked} is not available here; expected one of {', '.join(k for k, v in there.items() if v)}")
+    if not there.get(kind):
+        raise ValueError(f"device: {asked} is not available here; expected one of "
+                         f"{', '.join(k for k, v in there.items() if v)}")
     return str(asked)
 
 # %% ../../nbs/0_tools/01_util.ipynb #u014
@@ -54,13 +57,16 @@ def quietly():
     "Inside, loading makes no remarks and shows no bars."
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
-    lora, bars = logging.getLogger("diffusers.loaders.lora_base"), [lib for lib in (ours, theirs) if lib.is_progress_bar_enabled()]
+    lora, bars = logging.getLogger("diffusers.loaders.lora_base"), [lib for lib in (ours, theirs)
+        if lib.is_progress_bar_enabled()]
     level = lora.level
-    lora.setLevel(logging.ERROR)                                   # that a subject has no LoRA for the text encoders
+    # that a subject has no LoRA for the text encoders
+    lora.setLevel(logging.ERROR)
     for lib in bars: lib.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)      # diffusers' old name for it
+            # diffusers' old name for it
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
             yield
     finally:
         lora.setLevel(level)

@@ -18,24 +18,31 @@ import typer
 from ..subject.settings import describe, given_fields
 
 # %% ../../nbs/6_use/02_cli.ipynb #c006
-app = typer.Typer(name="parallel-rescale", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(name="parallel-rescale", no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"],
-                                    "token_normalize_func": lambda name: name.replace("_", "-")},   # --train_batch_size
-                  help="Teach a text-to-image model a subject from a few pictures, and compare how guidance rules draw it.")
+                                    "token_normalize_func": lambda name: name.replace("_",
+    "-")},   # --train_batch_size
+                  help="Teach a text-to-image model a subject from a few pictures, and compare how "
+                       "guidance rules draw it.")
 
-_PLAIN = (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, KeyboardInterrupt)   # these explain themselves
+# these explain themselves
+_PLAIN = (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, KeyboardInterrupt)
 
-_OPTIONS = {"overwrite=True": "--overwrite", "resume_from_checkpoint='latest'": "--resume-from-checkpoint latest"}
+_OPTIONS = {"overwrite=True": "--overwrite",
+            "resume_from_checkpoint='latest'": "--resume-from-checkpoint latest"}
 
 def _sentence(error):
     "What an exception has to say, on one line, in a shell's words."
     words = " ".join(str(error).split())
     for python, shell in _OPTIONS.items(): words = words.replace(python, shell)
     if isinstance(error, KeyboardInterrupt): return words or "interrupted"
-    return f"error: {words}" if isinstance(error, _PLAIN) and words else f"error: {type(error).__name__}: {words} (--debug shows where)"
+    return f"error: {words}" if isinstance(error,
+                                           _PLAIN) and words else f"error: {type(error).__name__}: {words} (--debug shows where)"
 
 def plain_errors(function):
-    "`function` as a command in which an error is one line on stderr and exit code 2; the traceback comes with `--debug`."
+    """`function` as a command in which an error is one line on stderr and exit code 2; the traceback
+    comes with `--debug`."""
     @functools.wraps(function)
     def run(debug=False, **arguments):
         with warnings.catch_warnings():
@@ -61,7 +68,8 @@ def free_place(path,       # a file or folder to be written
     "`path`, if nothing would be lost by writing there; else ValueError."
     path = Path(path).expanduser()
     taken = any(path.iterdir()) if path.is_dir() else path.exists()
-    if taken and not overwrite: raise ValueError(f"output: {path} exists already; choose another place, or pass --overwrite")
+    if taken and not overwrite:
+        raise ValueError(f"output: {path} exists already; choose another place, or pass --overwrite")
     return path
 
 def picture_file(path, overwrite) -> Path:
@@ -83,9 +91,12 @@ def quiet_loading():
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
     for library in (diffusers, transformers): library.disable_progress_bar()
-    transformers.set_verbosity_error()                                         # on packages that could be installed too
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")           # its new name is unknown to older diffusers
-    logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)   # that a subject has no LoRA for the text encoders
+    # on packages that could be installed too
+    transformers.set_verbosity_error()
+    # its new name is unknown to older diffusers
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+    # that a subject has no LoRA for the text encoders
+    logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -103,11 +114,13 @@ def load_pipeline(subject,      # a saved subject's folder
     from parallel_rescale.tools.util import default_device
     subject = Subject.load(subject)
     base = str(base or subject.base)
-    unet_config(base)                                                          # one clear error where it is no SDXL model
+    # one clear error where it is no SDXL model
+    unet_config(base)
     device = default_device(device)
     half = "float16" if device.startswith("cuda") and base != TINY_SDXL else "float32"
     check_name("dtype", dtype or half, _DTYPES)
-    asked = {} if base != subject.base else dict(subject.base_options, vae=subject.vae)   # as it was loaded when the subject was made
+    # as it was loaded when the subject was made
+    asked = {} if base != subject.base else dict(subject.base_options, vae=subject.vae)
     return load(base, device, dtype or half, **asked).load_subject(subject.folder)
 
 # %% ../../nbs/6_use/02_cli.ipynb #c015
@@ -130,7 +143,8 @@ def draw(pipe,
     pictures = []
     for i in range(0, len(seeds), batch_size):
         noise = [torch.Generator().manual_seed(s) for s in seeds[i:i + batch_size]]
-        pictures += pipe(list(prompts[i:i + batch_size]), guidance=guidance, generator=noise, **options).images
+        pictures += pipe(list(prompts[i:i + batch_size]), guidance=guidance, generator=noise,
+                         **options).images
     return pictures
 
 def _name(rule):
@@ -139,21 +153,38 @@ def _name(rule):
 
 # %% ../../nbs/6_use/02_cli.ipynb #c018
 _SubjectFolder = Annotated[Path, typer.Argument(help="Folder of a saved subject.", show_default=False)]
-_Prompt = Annotated[str, typer.Argument(help="With the subject's token or {subject} in it: 'a <dog> in the snow'.", show_default=False)]
-_Base = Annotated[Optional[str], typer.Option(help="SDXL model in diffusers format: a folder or a Hub name. Default: the one the subject was made for.", show_default=False)]
-_Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, … Default: cuda where there is one.", show_default=False)]
-_Dtype = Annotated[Optional[str], typer.Option(help="float32, float16 or bfloat16. Default: float16 for SDXL on a GPU, else float32.", show_default=False)]
+_Prompt = Annotated[str,
+                    typer.Argument(help="With the subject's token or {subject} in it: 'a <dog> in the "
+                                        "snow'.", show_default=False)]
+_Base = Annotated[Optional[str], typer.Option(help="SDXL model in diffusers format: a folder or a Hub "
+                                                   "name. Default: the one the subject was made for.",
+                                              show_default=False)]
+_Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, … Default: cuda where there is one.",
+                                                show_default=False)]
+_Dtype = Annotated[Optional[str],
+                   typer.Option(help="float32, float16 or bfloat16. Default: float16 for SDXL on a GPU, "
+                                     "else float32.", show_default=False)]
 _Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
-_Seed = Annotated[int, typer.Option(help="Of the first picture's noise; the next pictures take the numbers after it.")]
+_Seed = Annotated[int,
+                  typer.Option(
+    help="Of the first picture's noise; the next pictures take the numbers after it.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at --output.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
-_MaxRows = Annotated[Optional[int], typer.Option(min=1, help="Rows (pictures × predictions) in one UNet call: fewer need less memory. Default: all.", show_default=False)]
+_MaxRows = Annotated[Optional[int], typer.Option(min=1, help="Rows (pictures × predictions) in one UNet "
+                                                             "call: fewer need less memory. Default: all.",
+                                                 show_default=False)]
 _MaxRows = Annotated[Optional[int], typer.Option(min=1, show_default=False,
     help="Rows (pictures × predictions) in one UNet call: fewer need less memory. Default: all.")]
-_OneByOne = Annotated[bool, typer.Option("--one-by-one", help="Evaluate a rule's branches one after the other: slower, for small cards.")]
-_Negative = Annotated[Optional[str], typer.Option(help="What the null prompt says instead of nothing.", show_default=False)]
-_BasePrompt = Annotated[Optional[str], typer.Option(help="What the base model is told. Default: the prompt with the class noun for the token.", show_default=False)]
-_Side = Annotated[Optional[int], typer.Option(help="In pixels. Default: what the model was made for.", show_default=False)]
+_OneByOne = Annotated[bool, typer.Option("--one-by-one",
+                                         help="Evaluate a rule's branches one after the other: slower, for "
+                                              "small cards.")]
+_Negative = Annotated[Optional[str], typer.Option(help="What the null prompt says instead of nothing.",
+                                                  show_default=False)]
+_BasePrompt = Annotated[Optional[str], typer.Option(help="What the base model is told. Default: the prompt "
+                                                         "with the class noun for the token.",
+                                                    show_default=False)]
+_Side = Annotated[Optional[int], typer.Option(help="In pixels. Default: what the model was made for.",
+                                              show_default=False)]
 
 # %% ../../nbs/6_use/02_cli.ipynb #c019
 def parse_rules(texts) -> list:
@@ -165,19 +196,28 @@ def parse_rules(texts) -> list:
 @app.command()
 @plain_errors
 def sample(subject: _SubjectFolder, prompt: _Prompt,
-           rule: Annotated[str, typer.Option(help="Guidance rule, as in parallel_rescale:text=5,consistency=2.")] = "parallel_rescale",
-           output: Annotated[Path, typer.Option(help="Picture to write; with several, their seeds are added to the name.")] = Path("sample.png"),
+           rule: Annotated[str,
+                           typer.Option(
+        help="Guidance rule, as in parallel_rescale:text=5,consistency=2.")] = "parallel_rescale",
+           output: Annotated[Path,
+                             typer.Option(help="Picture to write; with several, their seeds are added to "
+                                               "the name.")] = Path("sample.png"),
            num_images: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 1,
-           seed: _Seed = 0, steps: _Steps = 30, negative_prompt: _Negative = None, base_prompt: _BasePrompt = None,
-           width: _Side = None, height: _Side = None, base: _Base = None, device: _Device = None, dtype: _Dtype = None,
-           batch_size: _BatchSize = 4, max_rows: _MaxRows = None, one_by_one: _OneByOne = False, overwrite: _Overwrite = False):
+           seed: _Seed = 0, steps: _Steps = 30, negative_prompt: _Negative = None,
+           base_prompt: _BasePrompt = None,
+           width: _Side = None, height: _Side = None, base: _Base = None, device: _Device = None,
+           dtype: _Dtype = None,
+           batch_size: _BatchSize = 4, max_rows: _MaxRows = None, one_by_one: _OneByOne = False,
+           overwrite: _Overwrite = False):
     "Draw a subject with one guidance rule."
     (guidance,), seeds = parse_rules([rule]), seeds_of(seed, num_images)
     files = [output if num_images == 1 else output.with_stem(f"{output.stem}_{s}") for s in seeds]
     files = [picture_file(file, overwrite) for file in files]
     pipe = load_pipeline(subject, base, device, dtype)
-    pictures = draw(pipe, [_filled(prompt, pipe)] * num_images, seeds, guidance, batch_size, num_inference_steps=steps, negative_prompt=negative_prompt,
-                    base_prompt=base_prompt, width=width, height=height, max_rows=1 if one_by_one else max_rows)
+    pictures = draw(pipe, [_filled(prompt, pipe)] * num_images, seeds, guidance, batch_size,
+                    num_inference_steps=steps, negative_prompt=negative_prompt,
+                    base_prompt=base_prompt, width=width, height=height,
+                    max_rows=1 if one_by_one else max_rows)
     for picture, file in zip(pictures, files): save_picture(picture, file)
 
 def _filled(prompt, pipe):
@@ -191,30 +231,42 @@ _DEFAULT_RULES = ["cfg", "consistency", "parallel_rescale", "personalization"]
 @app.command()
 @plain_errors
 def compare(subject: _SubjectFolder, prompt: _Prompt,
-            rule: Annotated[Optional[list[str]], typer.Option(help="A guidance rule, as in parallel_rescale:text=5,consistency=2. Give it once for each column. "
-                                                              f"Default: {', '.join(_DEFAULT_RULES)}.", show_default=False)] = None,
-            output: Annotated[Path, typer.Option(help="Grid to write: a row for each seed, a column for each rule.")] = Path("compare.png"),
+            rule: Annotated[Optional[list[str]], typer.Option(help="A guidance rule, as in "
+                                                                   "parallel_rescale:text=5,consistency=2. "
+                                                                   "Give it once for each column. "
+                                                              f"Default: {', '.join(_DEFAULT_RULES)}.",
+        show_default=False)] = None,
+            output: Annotated[Path,
+                              typer.Option(help="Grid to write: a row for each seed, a column for each "
+                                                "rule.")] = Path("compare.png"),
             num_seeds: Annotated[int, typer.Option(min=1, help="Rows.")] = 3,
-            seed: _Seed = 0, steps: _Steps = 30, negative_prompt: _Negative = None, base_prompt: _BasePrompt = None,
-            width: _Side = None, height: _Side = None, base: _Base = None, device: _Device = None, dtype: _Dtype = None,
-            batch_size: _BatchSize = 4, max_rows: _MaxRows = None, one_by_one: _OneByOne = False, overwrite: _Overwrite = False):
+            seed: _Seed = 0, steps: _Steps = 30, negative_prompt: _Negative = None,
+            base_prompt: _BasePrompt = None,
+            width: _Side = None, height: _Side = None, base: _Base = None, device: _Device = None,
+            dtype: _Dtype = None,
+            batch_size: _BatchSize = 4, max_rows: _MaxRows = None, one_by_one: _OneByOne = False,
+            overwrite: _Overwrite = False):
     "Draw one prompt with several rules, side by side."
     from parallel_rescale.tools.plot import image_grid
     rules, seeds = parse_rules(rule or _DEFAULT_RULES), seeds_of(seed, num_seeds)
     file = picture_file(output, overwrite)
     pipe = load_pipeline(subject, base, device, dtype)
     prompt = _filled(prompt, pipe)
-    columns = [draw(pipe, [prompt] * num_seeds, seeds, guidance, batch_size, num_inference_steps=steps, negative_prompt=negative_prompt,
-                    base_prompt=base_prompt, width=width, height=height, max_rows=1 if one_by_one else max_rows) for guidance in rules]
+    columns = [draw(pipe, [prompt] * num_seeds, seeds, guidance, batch_size, num_inference_steps=steps,
+                    negative_prompt=negative_prompt,
+                    base_prompt=base_prompt, width=width, height=height,
+                    max_rows=1 if one_by_one else max_rows) for guidance in rules]
     scale = max(1, round(128 / columns[0][0].width))
-    grid = image_grid(list(zip(*columns)), [f"seed {s}" for s in seeds], [_name(guidance) for guidance in rules], title=prompt, scale=scale)
+    grid = image_grid(list(zip(*columns)), [f"seed {s}" for s in seeds],
+                      [_name(guidance) for guidance in rules], title=prompt, scale=scale)
     save_picture(grid, file)
 
 # %% ../../nbs/6_use/02_cli.ipynb #c026
 def prompt_lines(references, token, class_noun):
     "For each reference: the file, what the subject model is told, what the base model is told."
     from parallel_rescale.machine.prompts import base_prompt, subject_prompt
-    return [f"{Path(r.path).name}: {subject_prompt(r.caption, token)} | {base_prompt(r.caption, class_noun)}" for r in references]
+    return [f"{Path(r.path).name}: {subject_prompt(r.caption, token)} | "
+            f"{base_prompt(r.caption, class_noun)}" for r in references]
 
 # %% ../../nbs/6_use/02_cli.ipynb #c028
 def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show_default=False, **kwargs)
@@ -226,15 +278,18 @@ def shell_type(field):
     return first if field.default is MISSING else Optional[first]
 
 def as_option(field):
-    "A setting as an option of a command: its type, its help and, where it has one, its name in diffusers' scripts."
+    """A setting as an option of a command: its type, its help and, where it has one, its name in
+    diffusers' scripts."""
     name = field.name.replace("_", "-")
-    names = [f"--{name}", f"--{field.metadata['alias'].replace('_', '-')}"] if "alias" in field.metadata else []
+    names = [f"--{name}",
+             f"--{field.metadata['alias'].replace('_', '-')}"] if "alias" in field.metadata else []
     default = inspect.Parameter.empty if field.default is MISSING else None
     kind = Annotated[shell_type(field), _option(describe(field), *names)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 def with_options(function):
-    "`function(…, **given)` with the settings of fine-tuning as its options; `given` holds those that were given."
+    """`function(…, **given)` with the settings of fine-tuning as its options; `given` holds those that
+    were given."""
     *own, _ = inspect.signature(function).parameters.values()
     options = [as_option(f) for f in given_fields() if f.metadata.get("in_shell", True)]
     @functools.wraps(function)
@@ -250,11 +305,13 @@ def with_options(function):
 def finetune(
     images: Annotated[Optional[Path], typer.Argument(show_default=False, help="Folder of 1 to 20 pictures; "
                                                      "captions in metadata.jsonl, or in a .txt beside each.")] = None,
-    instance_data_dir: Annotated[Optional[Path], _option("The same folder, by its name in diffusers' scripts.")] = None,
+    instance_data_dir: Annotated[Optional[Path],
+                                 _option("The same folder, by its name in diffusers' scripts.")] = None,
     **given,
 ):
     "Teach a model one subject from a few pictures."
-    if (images is None) == (instance_data_dir is None): raise ValueError("images: expected one folder of pictures")
+    if (images is None) == (instance_data_dir is None):
+        raise ValueError("images: expected one folder of pictures")
     quiet_loading()
     from parallel_rescale.subject.finetuning import finetune as train
     from parallel_rescale.subject.references import load_references
@@ -274,15 +331,19 @@ def describe_subject(folder) -> dict:
     base = "the embedded model (tiny_sdxl)" if subject.base == TINY_SDXL else subject.base
     facts = {"token": subject.token, "class noun": subject.class_noun, "base": base}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors: shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
-        ranks = sorted({shape[0] for key, shape in shapes.items() if ".lora_A." in key or ".lora.down." in key})
+        with safe_open(file, "pt") as tensors:
+            shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
+        ranks = sorted({shape[0] for key, shape in shapes.items() if ".lora_A." in key
+                        or ".lora.down." in key})
         kind = f"LoRA on {len(shapes) // 2} layers, rank {', '.join(map(str, ranks))}" if ranks else ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
         facts[file.name] = f"{kind}; {file.stat().st_size / 1e6:.2f} MB"
-    return facts | {name: value for name, value in subject.settings.items() if value not in (None, False)} | subject.versions
+    return facts | {name: value for name, value in subject.settings.items()
+                    if value not in (None, False)} | subject.versions
 
 @app.command()
 @plain_errors
-def info(subject: _SubjectFolder, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False):
+def info(subject: _SubjectFolder, as_json: Annotated[bool,
+        typer.Option("--json", help="For programs.")] = False):
     "Say what a saved subject is."
     facts = describe_subject(subject)
     if as_json: return typer.echo(json.dumps(facts, indent=2, default=str))
@@ -296,41 +357,66 @@ def info(subject: _SubjectFolder, as_json: Annotated[bool, typer.Option("--json"
 # %% ../../nbs/6_use/02_cli.ipynb #c032
 @app.command()
 @plain_errors
-def evaluate(subjects: Annotated[list[str], typer.Argument(help="Saved subjects: FOLDER, or FOLDER=PICTURES with the folder of its reference pictures "
-                                                           "(or the name of one of TinyWorld's subjects).", show_default=False)],
-             prompts: Annotated[str, typer.Option(help="tinyworld20, tinyworld, stylised, dreambench_object, dreambench_live, or a .txt or .json file.")] = "tinyworld20",
-             rule: Annotated[Optional[list[str]], typer.Option(help="A guidance rule, as in parallel_rescale:text=5,consistency=2, or 'truth'. Give it once for each. "
-                                                               f"Default: {', '.join(_DEFAULT_RULES)}.", show_default=False)] = None,
-             scorer: Annotated[Optional[list[str]], typer.Option(help="judge, oracle, leak, clip, dino, siglip; a model after a colon. Default: judge.", show_default=False)] = None,
-             output: Annotated[Path, typer.Option(help="Results folder; the same evaluation goes on in it.")] = Path("runs/evaluation"),
-             num_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4, steps: _Steps = 30, negative_prompt: _Negative = None,
-             base: _Base = None, device: _Device = None, dtype: _Dtype = None, batch_size: _BatchSize = 16, max_rows: _MaxRows = None,
-             images: Annotated[Optional[str], typer.Option(help="png or webp keeps the pictures.", show_default=False)] = None,
-             ray: Annotated[Optional[str], typer.Option(help="Address of a Ray cluster, or 'local'.", show_default=False)] = None,
+def evaluate(subjects: Annotated[list[str],
+                                 typer.Argument(help="Saved subjects: FOLDER, or FOLDER=PICTURES with the "
+                                                     "folder of its reference pictures "
+                                                           "(or the name of one of TinyWorld's subjects).",
+                                                show_default=False)],
+             prompts: Annotated[str, typer.Option(help="tinyworld20, tinyworld, stylised, "
+                                                       "dreambench_object, dreambench_live, or a .txt or "
+                                                       ".json file.")] = "tinyworld20",
+             rule: Annotated[Optional[list[str]], typer.Option(help="A guidance rule, as in "
+                                                                    "parallel_rescale:text=5,consistency=2, or 'truth'. Give it once for each. "
+                                                               f"Default: {', '.join(_DEFAULT_RULES)}.",
+        show_default=False)] = None,
+             scorer: Annotated[Optional[list[str]], typer.Option(help="judge, oracle, leak, clip, dino, "
+                                                                      "siglip; a model after a colon. "
+                                                                      "Default: judge.",
+        show_default=False)] = None,
+             output: Annotated[Path,
+                               typer.Option(
+        help="Results folder; the same evaluation goes on in it.")] = Path("runs/evaluation"),
+             num_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+             steps: _Steps = 30, negative_prompt: _Negative = None,
+             base: _Base = None, device: _Device = None, dtype: _Dtype = None, batch_size: _BatchSize = 16,
+             max_rows: _MaxRows = None,
+             images: Annotated[Optional[str], typer.Option(help="png or webp keeps the pictures.",
+        show_default=False)] = None,
+             ray: Annotated[Optional[str], typer.Option(help="Address of a Ray cluster, or 'local'.",
+        show_default=False)] = None,
              workers: Annotated[Optional[int], typer.Option(help="Of Ray.", show_default=False)] = None):
     "Score guidance rules on saved subjects, with a report."
     quiet_loading()
     from parallel_rescale import evaluate as run
     from parallel_rescale.evidence.reports import report, summary_table
-    pairs = [(folder, pictures) if pictures else folder for folder, _, pictures in (text.partition("=") for text in subjects)]
-    table = run(pairs, prompts, rule or _DEFAULT_RULES, num_seeds, scorer or ["judge"], output, base=base, steps=steps, negative_prompt=negative_prompt,
-                batch_size=batch_size, max_rows=max_rows, images=images, device=device, dtype=dtype, ray=True if ray == "local" else ray, workers=workers)
+    pairs = [(folder, pictures) if pictures else folder for folder, _,
+             pictures in (text.partition("=") for text in subjects)]
+    table = run(pairs, prompts, rule or _DEFAULT_RULES, num_seeds, scorer or ["judge"], output, base=base,
+                steps=steps, negative_prompt=negative_prompt,
+                batch_size=batch_size, max_rows=max_rows, images=images, device=device, dtype=dtype,
+                ray=True if ray == "local" else ray, workers=workers)
     if int(os.environ.get("RANK", 0)) == 0:                     # one of several processes writes the report
         typer.echo(f"{summary_table(table)}\n{report(output)}")
 
 # %% ../../nbs/6_use/02_cli.ipynb #c048
 @app.command()
 @plain_errors
-def demo(output: Annotated[Path, typer.Option(help="Folder for the figures, the report and the saved subjects.")] = Path("runs/demo"),
-         subject: Annotated[str, typer.Option(help="One of TinyWorld's held-out subjects.")] = "pixel_the_cat",
+def demo(output: Annotated[Path,
+                           typer.Option(
+        help="Folder for the figures, the report and the saved subjects.")] = Path("runs/demo"),
+         subject: Annotated[str,
+                            typer.Option(help="One of TinyWorld's held-out subjects.")] = "pixel_the_cat",
          seed: _Seed = 0, steps: _Steps = 30,
-         num_seeds: Annotated[int, typer.Option(min=1, help="Pictures for each prompt and rule; the grids show the first, the scores use all.")] = 4,
+         num_seeds: Annotated[int, typer.Option(min=1,
+                                                help="Pictures for each prompt and rule; the grids show "
+                                                     "the first, the scores use all.")] = 4,
          max_train_steps: Annotated[Optional[int], _option("Of each fine-tuning. Default: 400.")] = None,
          overwrite: _Overwrite = False):
     "See what goes wrong, and what mends it: learn and compare on the embedded model, in minutes."
     quiet_loading()
     from parallel_rescale.use.demo import demo_names, run_demo
-    demo_names(subject)                                            # an unknown name is found out before anything is made
+    # an unknown name is found out before anything is made
+    demo_names(subject)
     seeds, folder = seeds_of(seed, num_seeds), free_place(output, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     run_demo(folder, subject, seeds, steps, max_train_steps, overwrite, say=typer.echo)
@@ -338,8 +424,11 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for the figures, the 
 # %% ../../nbs/6_use/02_cli.ipynb #c055
 @app.command("train-tiny")
 @plain_errors
-def train_tiny(work: Annotated[Path, typer.Argument(help="Folder for everything in between; a run that was killed goes on from there.")] = Path("runs/tiny_sdxl"),
-               output: Annotated[Optional[Path], _option("Folder for the finished model. Default: WORK/tiny_sdxl.")] = None,
+def train_tiny(work: Annotated[Path, typer.Argument(help="Folder for everything in between; a run that was "
+                                                         "killed goes on from there.")] = Path(
+        "runs/tiny_sdxl"),
+               output: Annotated[Optional[Path],
+                                 _option("Folder for the finished model. Default: WORK/tiny_sdxl.")] = None,
                recipe: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
                seed: _Seed = 0, device: _Device = None,
                processes: Annotated[int, typer.Option(min=1, help="That render pictures.")] = 2):

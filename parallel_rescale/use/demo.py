@@ -31,9 +31,11 @@ from ..world.tinyworld import caption, random_pose, reference_set, render, SUBJE
 from ..world.tinyworld import with_article
 
 # %% ../../nbs/6_use/01_demo.ipynb #d005
-DEMO_PROMPTS = (("photo", "beach"), ("photo", "snow"), ("photo", "city"), ("watercolor", "beach"), ("neon", "night"), ("sketch", "city"))
+DEMO_PROMPTS = (("photo", "beach"), ("photo", "snow"), ("photo", "city"), ("watercolor", "beach"),
+                ("neon", "night"), ("sketch", "city"))
 DEMO_RULES = (CFG(3.), ConsistencyGuidance(3., 3.), ParallelRescale(3., 3.), FocusedContrast(3., 3.))
-DEMO_SETS = {"same place": dict(regime="same place", named=False), "varied": dict(regime="varied")}   # what is taught, see `reference_set`
+# what is taught, see `reference_set`
+DEMO_SETS = {"same place": dict(regime="same place", named=False), "varied": dict(regime="varied")}
 TRAINING = dict(loss="dreambooth", max_train_steps=400)
 
 def demo_names(subject):
@@ -51,58 +53,73 @@ def demo_cells(seeds):
 # %% ../../nbs/6_use/01_demo.ipynb #d008
 def draw_rules(pipe, cells, steps) -> tuple[dict, list]:
     "({rule's label: its pictures}, records of parallel rescaling) for cells (seed, style, background)."
-    prompts, drawn, records = [caption(pipe.subject.token, *prompt) for _, *prompt in cells], {"the truth": None}, []
+    prompts, drawn, records = [caption(pipe.subject.token, *prompt) for _,
+                               *prompt in cells], {"the truth": None}, []
     for rule in DEMO_RULES:
         noise = [torch.Generator().manual_seed(seed) for seed, *_ in cells]
         keep = dict(record=records) if rule.name == "parallel_rescale" else {}
-        drawn[rule.label] = pipe(prompts, guidance=rule, generator=noise, num_inference_steps=steps, **keep).images
+        drawn[rule.label] = pipe(prompts, guidance=rule, generator=noise, num_inference_steps=steps,
+                                 **keep).images
     return drawn, records
 
 # %% ../../nbs/6_use/01_demo.ipynb #d011
 def judged(subject, references, pictures, cells) -> pd.DataFrame:
     "What the judge says of pictures drawn for cells (seed, style, background), a row for each."
-    prompts = [Prompt(caption("{subject}", s, b), "photo" if s == "photo" else "stylised", s, b) for _, s, b in cells]
+    prompts = [Prompt(caption("{subject}", s, b), "photo" if s == "photo" else "stylised", s, b) for _, s,
+               b in cells]
     who = References(subject, SUBJECTS[subject].cls, tuple(r.image for r in references))
     table = pd.DataFrame(score(JudgeScorer(), pictures, prompts, who))
-    asked = pd.DataFrame([dict(seed=seed, prompt=p.text, kind=p.kind) for p, (seed, *_) in zip(prompts, cells)])
+    asked = pd.DataFrame([dict(seed=seed, prompt=p.text, kind=p.kind) for p,
+                          (seed, *_) in zip(prompts, cells)])
     return pd.concat([asked, table[["background", "style", "alignment", "identity"]]], axis=1)
 
 def summary(table) -> dict:
-    "Means of a `judged` table, and how many of its pictures miss the place, the style or the subject (a score below one half)."
+    """Means of a `judged` table, and how many of its pictures miss the place, the style or the subject (a
+    score below one half)."""
     missed, photo = (table[["background", "style", "identity"]] < .5).any(axis=1), table.kind == "photo"
-    return {"place (photos)": table.background[photo].mean(), "place (styles)": table.background[~photo].mean(),
-            "style (styles)": table["style"][~photo].mean(), "identity": table.identity.mean(), "missed": int(missed.sum())}
+    return {"place (photos)": table.background[photo].mean(),
+            "place (styles)": table.background[~photo].mean(),
+            "style (styles)": table["style"][~photo].mean(), "identity": table.identity.mean(),
+            "missed": int(missed.sum())}
 
 # %% ../../nbs/6_use/01_demo.ipynb #d014
 WRONG = "#E00000"
 
 def grid_rows(subject, references, drawn, tables, which, shown=""):
-    "The first seed's pictures for the prompts `which`, their frames and labels (after `shown`); each row begins with a reference."
-    pictures = [[references[j % len(references)].image] + [column[i] for column in drawn.values()] for j, i in enumerate(which)]
+    """The first seed's pictures for the prompts `which`, their frames and labels (after `shown`); each
+    row begins with a reference."""
+    pictures = [[references[j % len(references)].image] + [column[i] for column in drawn.values()] for j,
+                i in enumerate(which)]
     frames = [[None] + [WRONG if tables[rule].background[i] < .5 else None for rule in drawn] for i in which]
     return pictures, frames, [shown + caption(demo_names(subject)[0], *DEMO_PROMPTS[i]) for i in which]
 
 def page(title, drawn, *parts) -> Image.Image:
-    "A grid of several `grid_rows`: columns for a reference, the truth and each rule; red frames where the place is not the one asked for."
+    """A grid of several `grid_rows`: columns for a reference, the truth and each rule; red frames where
+    the place is not the one asked for."""
     pictures, frames, labels = (sum(column, []) for column in zip(*parts))
-    return image_grid(pictures, labels, ["it was shown", *drawn], title=title, scale=2, smooth=True, text=15, frames=frames)
+    return image_grid(pictures, labels, ["it was shown", *drawn], title=title, scale=2, smooth=True,
+                      text=15, frames=frames)
 
 # %% ../../nbs/6_use/01_demo.ipynb #d017
 def teach(subject, folder, references, seed=0, max_train_steps=None, overwrite=False):
     "Fine-tune the embedded model on references of one of TinyWorld's subjects; the saved subject."
     token, noun = demo_names(subject)
     steps = {} if max_train_steps is None else dict(max_train_steps=max_train_steps)
-    return finetune(references, class_noun=noun, token=token, output=folder, seed=seed, overwrite=overwrite, **TRAINING | steps)
+    return finetune(references, class_noun=noun, token=token, output=folder, seed=seed, overwrite=overwrite,
+                    **TRAINING | steps)
 
 def of_samples(records, which):
     "The records of some samples of a batch, by their numbers."
-    return [dict(t=r["t"], p={name: [float(values[i]) for i in which] for name, values in r["p"].items()}) for r in records]
+    return [dict(t=r["t"], p={name: [float(values[i]) for i in which] for name, values in r["p"].items()})
+            for r in records]
 
 def plot_p(records, cells):
     "Consistency_p over the steps, for photo prompts and stylised ones apart; the figure."
     photo = [style == "photo" for _, style, _ in cells]
-    groups = {"photo prompts": [i for i, p in enumerate(photo) if p], "stylised prompts": [i for i, p in enumerate(photo) if not p]}
-    return plot_ratio({kind: of_samples(records, which) for kind, which in groups.items()}, colors=("0.55", "black"),
+    groups = {"photo prompts": [i for i, p in enumerate(photo) if p],
+              "stylised prompts": [i for i, p in enumerate(photo) if not p]}
+    return plot_ratio({kind: of_samples(records, which) for kind, which in groups.items()},
+                      colors=("0.55", "black"),
                       title="The subject's pull speaks against the text, more so late").figure    # greys: colours are the rules'
 
 # %% ../../nbs/6_use/01_demo.ipynb #d020
@@ -114,7 +131,8 @@ def worst_page(drawn, tables) -> Image.Image:
     "Every rule's worst picture, a row for each set of references: `drawn` and `tables` by set and rule."
     rules = [rule for rule in next(iter(drawn.values())) if rule != "the truth"]
     rows = [[pictures[rule][worst(tables[name][rule])] for rule in rules] for name, pictures in drawn.items()]
-    return image_grid(rows, [f"references: {name}" for name in drawn], rules, title="Each rule at its worst", scale=2, smooth=True, text=15)
+    return image_grid(rows, [f"references: {name}" for name in drawn], rules,
+                      title="Each rule at its worst", scale=2, smooth=True, text=15)
 
 def score_rows(tables) -> str:
     "A line of Markdown for each rule: its means, and its worst picture."
@@ -181,28 +199,41 @@ TITLES = {"same place": "{} was shown before one wall. In red: not the place tha
           "varied": "{} was shown in four places, and the captions name them"}
 BOTH = "What {} was taught from comes along: one wall, or four places. In red: not the place that was asked for"
 
-def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_train_steps=None, overwrite=False, say=print):
-    "Teach the embedded model a subject from references in one place and in four, draw, judge and report; the files are in `folder`."
+def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_train_steps=None,
+             overwrite=False, say=print):
+    """Teach the embedded model a subject from references in one place and in four, draw, judge and
+    report; the files are in `folder`."""
     folder, cells, started = Path(folder), demo_cells(seeds), time.perf_counter()
     drawn, tables, times, grids = {}, {}, {}, {}
     for number, (name, regime) in enumerate(DEMO_SETS.items(), 1):
-        file, references = name.replace(" ", "_"), as_references(reference_set(subject, "{subject}", **regime))
-        say(f"{number}/3 references: {name}. Teaching {demo_names(subject)[0]}, then {len(cells)} pictures with each of {len(DEMO_RULES)} rules")
+        file, references = name.replace(" ", "_"), as_references(reference_set(subject, "{subject}",
+            **regime))
+        say(f"{number}/3 references: {name}. Teaching {demo_names(subject)[0]}, then {len(cells)} pictures "
+            f"with each of {len(DEMO_RULES)} rules")
         reference_table(references, *demo_names(subject)).save(folder / f"references_{file}.png")
         begun = time.perf_counter()
         saved = teach(subject, folder / file, references, min(seeds), max_train_steps, overwrite)
         taught = time.perf_counter()
-        drawn[name], records = draw_rules(load_pipeline(TINY_SDXL, default_device(), "float32").load_subject(saved.folder), cells, steps)
+        drawn[name], records = draw_rules(load_pipeline(TINY_SDXL, default_device(),
+            "float32").load_subject(saved.folder), cells, steps)
         times[name] = f"{taught - begun:.0f} s of fine-tuning, {time.perf_counter() - taught:.0f} s of drawing"
-        drawn[name]["the truth"] = [Image.fromarray(truth(subject, style, background, s)) for s, style, background in cells]
-        tables[name] = {rule: judged(subject, references, pictures, cells) for rule, pictures in drawn[name].items()}
-        grids[name] = lambda which, shown="", key=(subject, references, drawn[name], tables[name]): grid_rows(*key, which, shown)
-        page(TITLES[name].format(demo_names(subject)[0]), drawn[name], grids[name](range(len(DEMO_PROMPTS)))).save(folder / f"grid_{file}.png")
+        drawn[name]["the truth"] = [Image.fromarray(truth(subject, style, background, s)) for s, style,
+                                    background in cells]
+        tables[name] = {rule: judged(subject, references, pictures, cells) for rule,
+                        pictures in drawn[name].items()}
+        grids[name] = lambda which, shown="", key=(subject, references, drawn[name],
+                                                   tables[name]): grid_rows(*key, which, shown)
+        page(TITLES[name].format(demo_names(subject)[0]), drawn[name],
+             grids[name](range(len(DEMO_PROMPTS)))).save(folder / f"grid_{file}.png")
         if name == "same place": plot_p(records, cells).savefig(folder / "consistency_p.png", dpi=100)
     say("3/3 writing the report")
     worst_page(drawn, tables).save(folder / "worst.png")
-    page(BOTH.format(demo_names(subject)[0]), drawn[name], grids["same place"]((0, 1, 3), "taught from one wall: "), grids["varied"]((0, 3), "from four places: ")).save(folder / "grid.png")
-    settings = {"sampling steps": steps, "seeds": f"{min(seeds)} to {max(seeds)}"} | {k: saved.settings[k] for k in _REPORTED if k in saved.settings} | times
+    page(BOTH.format(demo_names(subject)[0]), drawn[name],
+         grids["same place"]((0, 1, 3), "taught from one wall: "),
+         grids["varied"]((0, 3), "from four places: ")).save(folder / "grid.png")
+    settings = {"sampling steps": steps, "seeds": f"{min(seeds)} to {max(seeds)}"} | {k: saved.settings[k]
+        for k in _REPORTED if k in saved.settings} | times
     (folder / "report.md").write_text(report(folder, subject, tables, settings), encoding="utf-8")
-    say(f"done in {time.perf_counter() - started:.0f} s:\n  {folder}/report.md, with its figures; first look at {folder}/grid.png\n"
+    say(f"done in {time.perf_counter() - started:.0f} s:\n  {folder}/report.md, with its figures; first "
+        f"look at {folder}/grid.png\n"
         f"  {folder}/same_place and {folder}/varied, the saved subjects, for `parallel-rescale compare`")

@@ -40,14 +40,17 @@ WEATHER_PHRASES = {
     'sun':       ('on a sunny day', 'in bright sunshine'),
     'fireworks': ('with fireworks in the sky', 'under fireworks'),
 }
-DOING_BEFORE = {'asleep': ('sleeping',), 'jumping': ('jumping',), 'waving': ('waving',), 'crying': ('crying',)}
-DOING_AFTER = {'asleep': ('asleep', 'fast asleep'), 'jumping': ('jumping', 'jumping up high'), 'waving': ('waving', 'waving hello'),
+DOING_BEFORE = {'asleep': ('sleeping',), 'jumping': ('jumping',), 'waving': ('waving',), 'crying': ('crying',
+                )}
+DOING_AFTER = {'asleep': ('asleep', 'fast asleep'), 'jumping': ('jumping', 'jumping up high'),
+               'waving': ('waving', 'waving hello'),
                'upside down': ('upside down', 'standing on its head'), 'crying': ('crying', 'in tears')}
 NEXT_TO = ('next to {b}', 'beside {b}', 'with {b} on the {side}', 'together with {b}')
 
 # %% ../../nbs/4_world/09_captions.ipynb #c056
 def with_article(noun):
-    "`noun` after 'a' or 'an', by its first letter: 'an octopus', 'a <cat>', 'a {subject}'; plurals have none."
+    """`noun` after 'a' or 'an', by its first letter: 'an octopus', 'a <cat>', 'a {subject}'; plurals have
+    none."""
     if noun == 'glasses': return noun
     first = next((c for c in noun.lower() if c.isalpha()), 'b')
     return f"{'an' if first in 'aeiou' else 'a'} {noun}"
@@ -76,8 +79,10 @@ def _neighbour(scene, other_noun, said, pick):
 
 # %% ../../nbs/4_world/09_captions.ipynb #c057
 def present(scene):
-    "What there is to say of `scene`: the names of its attributes that are not 'none'; style always, side with a neighbour."
-    names = [n for n in ('weather', 'accessory', 'colour', 'doing', 'companion') if getattr(scene, n) != 'none']
+    """What there is to say of `scene`: the names of its attributes that are not 'none'; style always,
+    side with a neighbour."""
+    names = [n for n in ('weather', 'accessory', 'colour', 'doing', 'companion')
+             if getattr(scene, n) != 'none']
     near = ['other', 'side'] if scene.other else ['side'] if scene.companion != 'none' else []
     return ('style', 'place', *names, *near)
 
@@ -86,9 +91,12 @@ def caption(scene, noun=None, other_noun=None, said=None, rng=None):
     mention (all that are `present` by default); rng: picks the wordings, the canonical ones without it."""
     said = present(scene) if said is None else tuple(said)
     for name in said: check_name('attribute of this scene', name, present(scene))
-    pick = (lambda options: options[0]) if rng is None else lambda options: options[int(rng.integers(len(options)))]
-    words = [_noun_phrase(noun or scene.subject.cls, scene, said, pick), *_neighbour(scene, other_noun, said, pick)]
-    phrase = pick(STYLE_TEMPLATES[scene.style]).format(a=' '.join(words)) if 'style' in said else ' '.join(words)
+    pick = (lambda options: options[0]) if rng is None else lambda options: options[
+        int(rng.integers(len(options)))]
+    words = [_noun_phrase(noun or scene.subject.cls, scene, said, pick),
+             *_neighbour(scene, other_noun, said, pick)]
+    phrase = pick(STYLE_TEMPLATES[scene.style]).format(a=' '.join(words)) if 'style' in said else ' '.join(
+        words)
     where = [pick(PLACE_PHRASES[scene.place])] if 'place' in said else []
     return ' '.join([phrase, *where, *([pick(WEATHER_PHRASES[scene.weather])] if 'weather' in said else [])])
 
@@ -97,15 +105,18 @@ def all_words():
     "Every wording of the grammar, for a tokenizer to learn its words from."
     tables = (STYLE_TEMPLATES, PLACE_PHRASES, WEATHER_PHRASES, DOING_BEFORE, DOING_AFTER)
     phrases = [p.replace('{a}', 'a') for table in tables for options in table.values() for p in options]
-    things = [with_article(v) for k in ('cls', 'accessory', 'companion', 'colour') for v in ATTRIBUTES[k] if v != 'none']
-    extra = [w.format(b='a', side=s) for w in NEXT_TO for s in SIDES] + ['wearing a', 'with a hat on', 'dressed with a']
+    things = [with_article(v) for k in ('cls', 'accessory', 'companion', 'colour') for v in ATTRIBUTES[k]
+              if v != 'none']
+    extra = [w.format(b='a', side=s) for w in NEXT_TO for s in SIDES] + ['wearing a', 'with a hat on',
+        'dressed with a']
     return (*phrases, *things, *extra)
 
 # %% ../../nbs/4_world/09_captions.ipynb #c061
 def _phrase_table():
     "Every wording with the (attribute, value) it asks for, longest first."
     rows = [(p, (name, value)) for name, table in (('place', PLACE_PHRASES), ('weather', WEATHER_PHRASES),
-            ('doing', DOING_AFTER), ('doing', DOING_BEFORE)) for value, phrases in table.items() for p in phrases]
+            ('doing', DOING_AFTER), ('doing', DOING_BEFORE)) for value,
+            phrases in table.items() for p in phrases]
     rows += [(t.replace('{a}', '').strip(), ('style', s)) for s, ts in STYLE_TEMPLATES.items() for t in ts]
     rows += [(f'{w} {with_article(a)}{on}', ('accessory', a)) for a in ACCESSORIES[1:]
              for w, on in (('wearing', ''), ('with', ' on'), ('dressed with', ''))]

@@ -33,14 +33,16 @@ class _Place:
 def _places(scene):
     "Where subject and neighbour of `scene` stand: a list of one or two `_Place`."
     p, k = scene.pose, 1 if scene.side == 'right' else -1
-    x, y, size = (0, .08, .76) if scene.other is None and scene.companion == 'none' else (-.46*k, .14, .52) if scene.other else (-.3*k, .12, .6)
+    x, y, size = (0, .08, .76) if scene.other is None and scene.companion == 'none' else (-.46*k, .14,
+        .52) if scene.other else (-.3*k, .12, .6)
     room = _HEADROOM.get(scene.accessory, 0) * (scene.doing != 'upside down')
     lift = .2 if scene.doing == 'jumping' else 0
     size *= p.size * (1 - room - .1*(scene.doing in ('waving', 'jumping', 'asleep')))
     tilt = p.rotation + _ROTATION.get(scene.doing, 0) * (-1 if p.flip else 1)
     first = _Place(x + p.x*size, y + p.y*size + room - lift, size, p.flip, tilt)
     if scene.other: return [first, _Place(.47*k, .14 - p.y*.4, .5*p.size, (scene.seed % 2) == 1, -p.rotation)]
-    if scene.companion != 'none': return [first, _Place(.66*k, .42 - p.y*.4, .36*p.size, False, p.rotation*.5)]
+    if scene.companion != 'none':
+        return [first, _Place(.66*k, .42 - p.y*.4, .36*p.size, False, p.rotation*.5)]
     return [first]
 
 def _put(shapes, place):
@@ -52,14 +54,16 @@ def _put(shapes, place):
     return [p[a:b] for a, b in zip([0, *ends], ends)]
 
 # %% ../../nbs/4_world/07_drawing.ipynb #c037
-_Z = np.array([(-1, -1), (1, -1), (1, -.6), (-.3, .55), (1, .55), (1, 1), (-1, 1), (-1, .6), (.3, -.55), (-1, -.55)])
+_Z = np.array([(-1, -1), (1, -1), (1, -.6), (-.3, .55), (1, .55), (1, 1), (-1, 1), (-1, .6), (.3, -.55),
+               (-1, -.55)])
 
 def _signs(scene, place):
     "What a doing draws beside the subject: a list of (rgb, points in pixels)."
     x, y, s = place.x, place.y, place.size
     k = -1 if x > .2 else 1                     # towards the middle of the frame
     if scene.doing == 'asleep':
-        return [(_PAPER, (_Z*r + (np.clip(x + k*s*dx, -.86, .86), max(y - s*dy, -.86)) + 1)*(W/2)) for dx, dy, r in ((.82, .72, .09), (1.12, 1.08, .13))]
+        return [(_PAPER, (_Z*r + (np.clip(x + k*s*dx, -.86, .86), max(y - s*dy, -.86)) + 1)*(W/2)) for dx,
+                dy, r in ((.82, .72, .09), (1.12, 1.08, .13))]
     if scene.doing == 'jumping':
         top = y + s*1.04
         return [((.25, .25, .3), (ellipse(x, .93, s*.6, .05) + 1)*(W/2)),
@@ -75,8 +79,10 @@ def _pattern(instance, place):
     step = .56 - .18*instance.frequency
     t = math.radians(place.rotation); c, s = math.cos(t)/place.size, math.sin(t)/place.size
     x, y = _WX*(2/W) - (1 + place.x), _WY*(2/W) - (1 + place.y)
-    if instance.pattern == 'dots': return _dots((x*c + y*s)*(-1 if place.flip else 1)/step, (y*c - x*s)/(step*.9))
-    u = (x*c + y*s)*(-1 if place.flip else 1) if instance.pattern == 'vertical stripes' else y*c - x*s - .3*step
+    if instance.pattern == 'dots':
+        return _dots((x*c + y*s)*(-1 if place.flip else 1)/step, (y*c - x*s)/(step*.9))
+    u = (x*c + y*s)*(-1 if place.flip
+                     else 1) if instance.pattern == 'vertical stripes' else y*c - x*s - .3*step
     return np.abs(u/step - np.round(u/step)) < .25
 
 def _dots(u, v):
@@ -87,12 +93,15 @@ def _dots(u, v):
 def _actors(scene):
     "Who stands where, the subject last (in front): a list of (instance, place, polygons, palette)."
     places = _places(scene)
-    first = (scene.subject, places[0], parts(scene.subject, scene.accessory, scene.doing), palette(scene.subject, scene.colour, scene.pose.hue))
-    return ([(scene.other, places[1], parts(scene.other), palette(scene.other))] if scene.other else []) + [first]
+    first = (scene.subject, places[0], parts(scene.subject, scene.accessory, scene.doing),
+             palette(scene.subject, scene.colour, scene.pose.hue))
+    return ([(scene.other, places[1], parts(scene.other), palette(scene.other))] if scene.other
+            else []) + [first]
 
 # %% ../../nbs/4_world/07_drawing.ipynb #c040
 def _rasterise(scene):
-    "Part numbers of all things in `scene`: uint8 [W, W] (0: background), and the colours of the numbers [256, 3]."
+    """Part numbers of all things in `scene`: uint8 [W, W] (0: background), and the colours of the numbers
+    [256, 3]."""
     ids, lut, n = Image.new('L', (W, W), 0), np.zeros((256, 3), np.float32), 1
     draw = ImageDraw.Draw(ids)
     def add(rgb, points, number):

@@ -34,14 +34,17 @@ class Judge(nn.Module):
         self.stem = nn.Conv2d(3, widths[0], 3, 1, 1)
         self.blocks = nn.Sequential(*[_Block(a, b) for a, b in zip(widths, widths[1:])])
         grid = widths[-1] * 4 * 4
-        self.style, self.background = nn.Linear(widths[-1], len(STYLES)), nn.Linear(widths[-1], len(BACKGROUNDS))
-        self.cls, self.identity, self.vector = nn.Linear(grid, len(CLASSES)), nn.Linear(grid, identity), nn.Linear(grid, len(VECTOR_NAMES))
+        self.style, self.background = nn.Linear(widths[-1], len(STYLES)), nn.Linear(widths[-1],
+            len(BACKGROUNDS))
+        self.cls, self.identity, self.vector = nn.Linear(grid, len(CLASSES)), nn.Linear(grid,
+            identity), nn.Linear(grid, len(VECTOR_NAMES))
 
     def forward(self, images):
         features = self.blocks(F.relu(self.stem(images)))
         pooled, grid = features.mean((2, 3)), features.flatten(1)
         return dict(style=self.style(pooled), background=self.background(pooled), cls=self.cls(grid),
-                    identity=F.normalize(self.identity(grid), dim=1), vector=self.vector(grid), features=pooled)
+                    identity=F.normalize(self.identity(grid), dim=1), vector=self.vector(grid),
+                    features=pooled)
 
 # %% ../../nbs/4_world/03_judge.ipynb #c008
 def supervised_contrastive(embeddings,        # [N, D] unit vectors
@@ -57,9 +60,11 @@ def supervised_contrastive(embeddings,        # [N, D] unit vectors
 
 # %% ../../nbs/4_world/03_judge.ipynb #c010
 def judge_loss(answers, labels):
-    "Sum of the five heads' losses; `labels`: dict of cls, style, background, instance [N], vector [N, V], shows_background [N] bool."
+    """Sum of the five heads' losses; `labels`: dict of cls, style, background, instance [N], vector [N,
+    V], shows_background [N] bool."""
     seen = labels["shows_background"]
-    return (F.cross_entropy(answers["style"], labels["style"]) + F.cross_entropy(answers["cls"], labels["cls"])
+    return (F.cross_entropy(answers["style"], labels["style"]) + F.cross_entropy(answers["cls"],
+        labels["cls"])
             + F.cross_entropy(answers["background"][seen], labels["background"][seen])
             + 2 * F.mse_loss(answers["vector"], labels["vector"])
             + supervised_contrastive(answers["identity"], labels["instance"]))
@@ -74,9 +79,11 @@ def load_judge(file=JUDGE_FILE,   # safetensors file with the weights
     from safetensors.torch import load_file
     try: weights = load_file(file)
     except Exception as error:
-        raise ValueError(f"the judge's weights {file} cannot be read ({error}); reinstall the package to repair them") from None
+        raise ValueError(f"the judge's weights {file} cannot be read ({error}); reinstall the package to "
+                         f"repair them") from None
     judge = Judge()
-    judge.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()})
+    judge.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name,
+                           tensor in weights.items()})
     return judge.to(device).eval().requires_grad_(False)
 
 @torch.no_grad()
@@ -88,10 +95,12 @@ def judge_images(judge, images, batch=128):
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 def as_tensor(images):
-    "Pictures as float [N, 3, 64, 64] in [-1, 1], from PIL pictures, uint8 arrays [N, 64, 64, 3] or such a tensor."
+    """Pictures as float [N, 3, 64, 64] in [-1, 1], from PIL pictures, uint8 arrays [N, 64, 64, 3] or such
+    a tensor."""
     import numpy as np
     if torch.is_tensor(images): return images.float().clamp(-1, 1)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise ValueError(f"images: expected RGB pictures with 8 bits a channel, got {pixels.dtype} {tuple(pixels.shape)}")
+        raise ValueError(
+            f"images: expected RGB pictures with 8 bits a channel, got {pixels.dtype} {tuple(pixels.shape)}")
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

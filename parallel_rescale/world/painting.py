@@ -48,33 +48,40 @@ def _scene_snow(rng):
     h = rng.uniform(.45, .6); shapes = []
     for x in (rng.uniform(.03, .16), rng.uniform(.84, .97)):
         for k in range(3):
-            shapes.append(((.25, .5+.04*k, .47), [(x-.13+.025*k, h+.1-.14*k), (x+.13-.025*k, h+.1-.14*k), (x, h-.14-.14*k)]))
+            shapes.append(((.25, .5+.04*k, .47), [(x-.13+.025*k, h+.1-.14*k), (x+.13-.025*k, h+.1-.14*k),
+                                                  (x, h-.14-.14*k)]))
     shapes.append(((.95, .97, 1.), _ground(h+.05, rng, 1., .04)))
     for i in range(12):
-        shapes.append(((1., 1., 1.), ellipse((i % 4 + rng.uniform(.2, .8))/4, (i//4 + rng.uniform(.2, .8))/3.4, .026, n=12)))
+        shapes.append(((1., 1., 1.), ellipse((i % 4 + rng.uniform(.2, .8))/4,
+                                             (i//4 + rng.uniform(.2, .8))/3.4, .026, n=12)))
     return (.55, .63, .76), (.78, .83, .9), shapes
 
 def _scene_grass(rng):
     h = rng.uniform(.42, .56); cx = rng.uniform(.15, .85)
     shapes = [((1., 1., 1.), np.concatenate([ellipse(cx-.1, .16, .07, .055, 90, 270, 10),
-                                                 ellipse(cx, .12, .09, .07, 200, 340, 10), ellipse(cx+.1, .16, .07, .055, -90, 90, 10)])),
+                                                 ellipse(cx, .12, .09, .07, 200, 340, 10),
+                                             ellipse(cx+.1, .16, .07, .055, -90, 90, 10)])),
               ((.36, .72, .28), _ground(h, rng, 1., .03))]
     for i in range(7):
         x, y = (i + rng.uniform(.2, .8))/7, rng.uniform(h+.14, .98)
         shapes.append(((.27, .61, .23),
-                       [(x-.08, y), (x-.1, y-.11), (x-.03, y-.03), (x, y-.16), (x+.03, y-.03), (x+.1, y-.11), (x+.08, y)]))
+                       [(x-.08, y), (x-.1, y-.11), (x-.03, y-.03), (x, y-.16), (x+.03, y-.03),
+                        (x+.1, y-.11), (x+.08, y)]))
     for x in (rng.uniform(.04, .2), rng.uniform(.8, .96)):
-        y = rng.uniform(h+.2, .94); shapes += [((.98, .55, .75), star(x, y, .06, .6)), ((1., .9, .3), ellipse(x, y, .02, n=10))]
+        y = rng.uniform(h+.2, .94)
+        shapes += [((.98, .55, .75), star(x, y, .06, .6)), ((1., .9, .3), ellipse(x, y, .02, n=10))]
     return (.55, .82, 1.), (.8, .93, 1.), shapes
 
 # %% ../../nbs/4_world/08_painting.ipynb #c044
 def _scene_night(rng):
     mx, my = rng.choice([rng.uniform(.1, .25), rng.uniform(.75, .9)]), rng.uniform(.12, .2)
-    moon = np.concatenate([ellipse(mx, my, .11, .11, 60, 300, 18), ellipse(mx+.045, my, .08, .09, 290, 70, 14)])
+    moon = np.concatenate([ellipse(mx, my, .11, .11, 60, 300, 18),
+                           ellipse(mx+.045, my, .08, .09, 290, 70, 14)])
     shapes = [((1., .95, .7), moon)]
     for i in range(12):
         x, y = (i % 4 + rng.uniform(.15, .85))/4, (i//4 + rng.uniform(.15, .85))/4.2
-        if math.hypot(x-mx, y-my) > .17: shapes.append(((1., .96, .75), star(x, y, rng.uniform(.03, .045), .45)))
+        if math.hypot(x-mx, y-my) > .17:
+            shapes.append(((1., .96, .75), star(x, y, rng.uniform(.03, .045), .45)))
     shapes.append(((.1, .1, .25), _ground(rng.uniform(.82, .88), rng, 1., .03)))
     return (.05, .05, .2), (.2, .15, .42), shapes
 
@@ -83,7 +90,8 @@ def _scene_brick(rng):
     for j in range(7):
         for i in range(-1, 5):
             x, y = (i + off + .5*(j % 2))*w, (j - .5*(off > .5))*h
-            shapes.append((np.array((.72, .37, .28))*tone*rng.uniform(.92, 1.08), box(x+.012, y+.012, x+w-.012, y+h-.012)))
+            shapes.append((np.array((.72, .37, .28))*tone*rng.uniform(.92, 1.08),
+                           box(x+.012, y+.012, x+w-.012, y+h-.012)))
     return (.8, .56, .47), (.8, .56, .47), shapes
 
 def _scene_city(rng):
@@ -101,7 +109,8 @@ def _scene_underwater(rng):
     shapes = [((.8, .78, .58), _ground(rng.uniform(.84, .9), rng, 1.5, .02))]
     for x in (rng.uniform(.03, .12), rng.uniform(.16, .24), rng.uniform(.78, .86), rng.uniform(.9, .97)):
         t = np.linspace(0, 1, 12); top = rng.uniform(.35, .55)
-        shapes.append(((.1, .55+.1*rng.random(), .36), ribbon(np.stack([x + .03*np.sin(9*t + x*9), .97 - (.97-top)*t], -1), .027)))
+        shapes.append(((.1, .55+.1*rng.random(), .36),
+                       ribbon(np.stack([x + .03*np.sin(9*t + x*9), .97 - (.97-top)*t], -1), .027)))
     for i in range(6):
         x, y, r = (i + rng.uniform(.2, .8))/6, rng.uniform(.06, .45), rng.uniform(.035, .055)
         shapes += [((.72, .93, .97), ellipse(x, y, r, n=16)), ((.3, .72, .82), ellipse(x, y, r*.6, n=12))]
@@ -112,7 +121,8 @@ _SCENES = dict(plain=_scene_plain, beach=_scene_beach, snow=_scene_snow, grass=_
 
 # %% ../../nbs/4_world/08_painting.ipynb #c046
 def _cloud(x, y, rgb):
-    return [(rgb, np.concatenate([ellipse(x-.13, y+.02, .09, .07, 90, 270, 10), ellipse(x, y-.03, .13, .1, 190, 350, 12),
+    return [(rgb, np.concatenate([ellipse(x-.13, y+.02, .09, .07, 90, 270, 10),
+                                  ellipse(x, y-.03, .13, .1, 190, 350, 12),
                                   ellipse(x+.14, y+.02, .09, .07, -90, 90, 10)]))]
 
 def _weather_rain(rng):
@@ -127,7 +137,8 @@ def _weather_storm(rng):
     x = rng.choice([rng.uniform(.16, .28), rng.uniform(.72, .84)])
     bolt = np.array([(.0, .0), (.12, .0), (.04, .17), (.13, .17), (-.08, .46), (-.01, .25), (-.09, .25)])
     shapes = [((1., .9, .2), bolt + (x, .1))]
-    for cx in (x-.02, 1-x+rng.uniform(-.06, .06), .5+rng.uniform(-.06, .06)): shapes += _cloud(cx, .09, (.3, .31, .4))
+    for cx in (x-.02, 1-x+rng.uniform(-.06, .06), .5+rng.uniform(-.06, .06)):
+        shapes += _cloud(cx, .09, (.3, .31, .4))
     return shapes
 
 def _weather_rainbow(rng):
@@ -141,12 +152,15 @@ def _weather_sun(rng):
 
 def _weather_fireworks(rng):
     shapes = []; hues = rng.random() + np.array([0, .33, .66])
-    for x, y, hue in zip((rng.uniform(.12, .22), rng.uniform(.45, .55), rng.uniform(.78, .88)), rng.uniform(.12, .24, 3), hues):
+    for x, y, hue in zip((rng.uniform(.12, .22), rng.uniform(.45, .55), rng.uniform(.78, .88)),
+                         rng.uniform(.12, .24, 3), hues):
         rays = [np.array((math.cos(t), math.sin(t))) for t in np.arange(8)*math.pi/4 + rng.random()]
-        shapes += [(_rgb(hue, .75, 1.), ribbon([r*.045 + (x, y), r*.1 + (x, y), r*.155 + (x, y)], [.007, .013, .02])) for r in rays]
+        shapes += [(_rgb(hue, .75, 1.), ribbon([r*.045 + (x, y), r*.1 + (x, y), r*.155 + (x, y)],
+                                               [.007, .013, .02])) for r in rays]
     return shapes
 
-_WEATHERS = dict(none=lambda rng: [], rain=_weather_rain, storm=_weather_storm, rainbow=_weather_rainbow, sun=_weather_sun,
+_WEATHERS = dict(none=lambda rng: [], rain=_weather_rain, storm=_weather_storm, rainbow=_weather_rainbow,
+                 sun=_weather_sun,
                  fireworks=_weather_fireworks)
 
 # %% ../../nbs/4_world/08_painting.ipynb #c047
@@ -159,15 +173,18 @@ def _scene(place, weather, variant):
     draw_colour, draw_ids = ImageDraw.Draw(colour), ImageDraw.Draw(ids)
     for i, (rgb, points) in enumerate(shapes + _WEATHERS[weather](rng)):
         q = [tuple(p) for p in (np.asarray(points)*W).tolist()]
-        draw_colour.polygon(q, fill=tuple(int(np.clip(c, 0, 1)*255) for c in rgb)); draw_ids.polygon(q, fill=1 + i % 250)
-    return tuple((a*255 + .5).astype(np.uint8) for a in (_reduce(np.asarray(colour)), _edges(np.asarray(ids))))
+        draw_colour.polygon(q, fill=tuple(int(np.clip(c, 0, 1)*255) for c in rgb))
+        draw_ids.polygon(q, fill=1 + i % 250)
+    return tuple((a*255 + .5).astype(np.uint8) for a in (_reduce(np.asarray(colour)),
+        _edges(np.asarray(ids))))
 
 # %% ../../nbs/4_world/08_painting.ipynb #c049
 @lru_cache(maxsize=None)
 def _noise(cells, variant):
     "Smooth noise in 0..1 with `cells` bumps across: [SIZE, SIZE]."
     a = np.random.default_rng([77, cells, variant]).random((cells, cells))
-    return np.asarray(Image.fromarray((a*255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC), np.float32) / 255
+    return np.asarray(Image.fromarray((a*255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC),
+                      np.float32) / 255
 
 @lru_cache(maxsize=None)
 def _warp(variant):
@@ -216,7 +233,8 @@ def _sketch(obj, scene, rng):
     far = np.clip(scene[1]*1.1, 0, 1)*(1-obj.mask)
     grey = np.repeat((paper*(1 - .45*far))[..., None], 3, -1)
     tinted = (.97 - .68*(1-obj.colour)) * (1 - shade[..., None]*.7)
-    return _over(_over(grey, tinted, obj.mask), np.array([.2, .2, .23], np.float32), np.clip(obj.lines*1.15, 0, 1)*.85)
+    return _over(_over(grey, tinted, obj.mask), np.array([.2, .2, .23], np.float32),
+                 np.clip(obj.lines*1.15, 0, 1)*.85)
 
 def _pixel(obj, scene, rng):
     blocks = lambda a: a.reshape(SIZE//2, 2, SIZE//2, 2, -1).mean((1, 3))
@@ -239,7 +257,8 @@ def _neon(obj, scene, rng):
 def _watercolor(obj, scene, rng):
     a = _over(scene[0], obj.colour, obj.mask)
     a = 1 - (1-a)*.76
-    a = a*(1 - .5*obj.lines[..., None])*(1 - .12*scene[1]*(1-obj.mask))[..., None] + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
+    a = a*(1 - .5*obj.lines[..., None])*(1 - .12*scene[1]*(1-obj.mask))[...,
+        None] + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
     edge = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))/SIZE + .09*(_noise(8, rng.integers(VARIANTS)) - .5)
     return _over(np.full_like(a, .98), a, np.clip((.45-edge)/.04, 0, 1))
 
@@ -250,7 +269,8 @@ def _blueprint(obj, scene, rng):
     a = _over(paper + grid[..., None], np.array([.62, .78, .98], np.float32), far*.7)
     a = _over(a, .12*paper + .85*obj.colour, obj.mask*.8)
     a = _over(a, np.array([.95, .98, 1.], np.float32), np.clip(obj.lines*1.15, 0, 1))
-    d = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5)); return _over(a, np.array([.9, .95, 1.], np.float32), (np.abs(d-29) < 1)*.8)
+    d = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))
+    return _over(a, np.array([.9, .95, 1.], np.float32), (np.abs(d-29) < 1)*.8)
 
 def _glass(obj, scene, rng):
     v = rng.integers(VARIANTS); labels, leads = _panes(int(v))
@@ -260,7 +280,8 @@ def _glass(obj, scene, rng):
     pane = (.55*mean[labels] + .45*scene[0])*tone[labels]
     body = obj.colour*(.35 + .65*tone[labels])
     a = _over(pane, body, obj.mask).astype(np.float32)
-    g = a.mean(-1, keepdims=True); a = np.clip(g + (a-g)*1.4, 0, 1)*(1.08 - .25*((_XX-32)**2 + (_YY-32)**2)/2048)[..., None]
+    g = a.mean(-1, keepdims=True)
+    a = np.clip(g + (a-g)*1.4, 0, 1)*(1.08 - .25*((_XX-32)**2 + (_YY-32)**2)/2048)[..., None]
     lead = np.maximum(leads*(1-obj.mask), np.clip(obj.lines, 0, 1))
     return _over(a, np.array([.1, .1, .12], np.float32), lead*.85)
 

@@ -26,12 +26,14 @@ from .scenes import WEATHERS
 def held_out():
     "The combinations that no training picture shows: a tuple of ((attribute, value), (attribute, value))."
     worn = zip(CLASSES, ('crown', 'glasses', 'scarf', 'bow tie', 'hat', 'cape', 'backpack', 'crown'))
-    done = zip(CLASSES, ('jumping', 'crying', 'upside down', 'asleep', 'waving', 'jumping', 'crying', 'asleep'))
+    done = zip(CLASSES, ('jumping', 'crying', 'upside down', 'asleep', 'waving', 'jumping', 'crying',
+                         'asleep'))
     hues = zip(CLASSES, ('green', 'pink', 'blue', 'red', 'purple', 'yellow', 'blue', 'pink'))
     near = zip(CLASSES, ('rocket', 'gift', 'snowman', 'tree', 'balloon', 'sunflower', 'mushroom', 'ball'))
     pairs = (('cat', 'fish'), ('bird', 'robot'), ('octopus', 'cup'), ('car', 'house'))
     looks = zip(STYLES[1:], ('storm', 'rainbow', 'sun', 'fireworks', 'rain', 'storm', 'rainbow'))
-    rows = [(('cls', c), (name, v)) for name, table in (('accessory', worn), ('doing', done), ('colour', hues), ('companion', near))
+    rows = [(('cls', c), (name, v)) for name, table in (('accessory', worn), ('doing', done),
+        ('colour', hues), ('companion', near))
             for c, v in table]
     rows += [(('cls', a), ('other', b)) for x, y in pairs for a, b in ((x, y), (y, x))]
     return (*rows, *((('style', s), ('weather', w)) for s, w in looks))
@@ -55,14 +57,19 @@ def random_scene(rng, subject=None, style=None, held=False):
     "A random `Scene`, of `subject` in `style` if given; without held-out combinations unless `held`."
     while True:
         pair = rng.random() < .25
-        scene = Scene(subject or random_instance(rng), style or ('photo' if rng.random() < .25 else STYLES[1 + rng.integers(7)]),
-                      PLACES[rng.integers(len(PLACES))], _maybe(rng, WEATHERS, .35), _maybe(rng, ACCESSORIES, .5),
-                      _maybe(rng, COLOURS, .4), _maybe(rng, DOINGS, .45), 'none' if pair else _maybe(rng, COMPANIONS, .5),
-                      random_instance(rng) if pair else None, SIDES[rng.integers(2)], random_pose(rng), int(rng.integers(2**31)))
+        scene = Scene(subject or random_instance(rng),
+                      style or ('photo' if rng.random() < .25 else STYLES[1 + rng.integers(7)]),
+                      PLACES[rng.integers(len(PLACES))], _maybe(rng, WEATHERS, .35),
+                      _maybe(rng, ACCESSORIES, .5),
+                      _maybe(rng, COLOURS, .4), _maybe(rng, DOINGS, .45),
+                      'none' if pair else _maybe(rng, COMPANIONS, .5),
+                      random_instance(rng) if pair else None, SIDES[rng.integers(2)], random_pose(rng),
+                      int(rng.integers(2**31)))
         if held or not is_held_out(attributes(scene)): return scene
 
 def random_caption(scene, rng):
-    "A training caption: style always, place and weather six times in seven, the side half the time, the rest always."
+    """A training caption: style always, place and weather six times in seven, the side half the time, the
+    rest always."""
     keep = {'place': .86, 'weather': .86, 'side': .5}
     return caption(scene, said=[n for n in present(scene) if rng.random() < keep.get(n, 1)], rng=rng)
 
@@ -78,75 +85,108 @@ def instance_vector(instance):
     def circle(h): return [math.cos(2*math.pi*h), math.sin(2*math.pi*h)]
     def span(v): return 2*v - 1
     v = circle(i.hue1) + [span(i.sat1), span(i.val1)] + circle(i.hue2) + [span(i.sat2), span(i.val2)]
-    v += [float(i.pattern == p) for p in PATTERNS] + [span(i.frequency)*(i.pattern != 'none'), span(i.shape_a), span(i.shape_b)]
+    v += [float(i.pattern == p) for p in PATTERNS] + [span(i.frequency)*(i.pattern != 'none'),
+        span(i.shape_a), span(i.shape_b)]
     v += [float(i.emblem == e) for e in EMBLEMS] + [h*(i.emblem != 'none') for h in circle(i.emblem_hue)]
     return np.array(v, np.float32)
 
 def own_colour(instance):
-    "The name of the body's own colour: one of COLOURS, 'none' if it is far from all, None if that is unclear."
+    """The name of the body's own colour: one of COLOURS, 'none' if it is far from all, None if that is
+    unclear."""
     body = body_colours(instance)[0]
-    distance, name = min((float(np.linalg.norm(body - np.array(rgb))), name) for name, rgb in COLOUR_RGB.items())
+    distance, name = min((float(np.linalg.norm(body - np.array(rgb))), name) for name,
+                         rgb in COLOUR_RGB.items())
     return name if distance < .2 else 'none' if distance > .4 else None
 
 def labels(scene):
-    "The truth as int16 [len(ATTRIBUTES)] in their order: index into the values; -1 where there is nothing to know."
+    """The truth as int16 [len(ATTRIBUTES)] in their order: index into the values; -1 where there is
+    nothing to know."""
     truth = attributes(scene)
     if truth['colour'] == 'none': truth['colour'] = own_colour(scene.subject)
     if truth['companion'] == 'none' and scene.other is None: truth['side'] = None
-    return np.array([-1 if truth[n] is None else known.index(truth[n]) for n, known in ATTRIBUTES.items()], np.int16)
+    return np.array([-1 if truth[n] is None else known.index(truth[n]) for n, known in ATTRIBUTES.items()],
+                    np.int16)
 
 # %% ../../nbs/4_world/10_pictures.ipynb #c070
 REFERENCE_PLACES = ('plain', 'grass', 'beach', 'brick')
-REGIMES = ('varied', 'same place', 'same outfit')  # what the pictures of a reference set share, beside the subject
+# what the pictures of a reference set share, beside the subject
+REGIMES = ('varied', 'same place', 'same outfit')
 SHARED_PLACE, SHARED_OUTFIT = 'brick', 'scarf'
 
 def reference_scenes(name, regime='varied', place=SHARED_PLACE, outfit=SHARED_OUTFIT):
     """The four scenes of subject `name`: 'varied', four places; 'same place', one place and one pose; 'same outfit', four
     places and in each the same thing to wear."""
     subject = SUBJECTS[check_name('subject', name, SUBJECTS)]
-    check_name('regime', regime, REGIMES), check_name('place', place, PLACES), check_name('accessory', outfit, ACCESSORIES)
+    check_name('regime', regime, REGIMES), check_name('place', place, PLACES), check_name('accessory',
+        outfit, ACCESSORIES)
     rng = np.random.default_rng([2024, list(SUBJECTS).index(name)]); hue = rng.random()
     poses = [replace(random_pose(rng), hue=hue) for _ in range(4)]
     if regime == 'same place': return [Scene(subject, place=place, pose=poses[0], seed=k) for k in range(4)]
     worn = outfit if regime == 'same outfit' else 'none'
-    return [Scene(subject, place=b, accessory=worn, pose=p, seed=k) for k, (b, p) in enumerate(zip(REFERENCE_PLACES, poses))]
+    return [Scene(subject, place=b, accessory=worn, pose=p, seed=k) for k,
+            (b, p) in enumerate(zip(REFERENCE_PLACES, poses))]
 
 def reference_set(name, noun=None, regime='varied', named=True, place=SHARED_PLACE, outfit=SHARED_OUTFIT):
-    "Pictures and captions of `reference_scenes`; `named=False` leaves out of the captions what all four share."
-    if regime == 'varied' and not named: raise ValueError("named=False: pictures of the regime 'varied' share nothing to leave out")
-    scenes, shared = reference_scenes(name, regime, place, outfit), dict([('same place', 'place'), ('same outfit', 'accessory')]).get(regime)
+    """Pictures and captions of `reference_scenes`; `named=False` leaves out of the captions what all four
+    share."""
+    if regime == 'varied' and not named:
+        raise ValueError("named=False: pictures of the regime 'varied' share nothing to leave out")
+    scenes, shared = reference_scenes(name, regime, place,
+                                      outfit), dict([('same place', 'place'),
+        ('same outfit', 'accessory')]).get(regime)
     said = [[n for n in present(s) if named or n != shared] for s in scenes]
     return [(render(s), caption(s, noun, said=w)) for s, w in zip(scenes, said)]
 
 # %% ../../nbs/4_world/10_pictures.ipynb #c073
 def _prompts_all():
     noun = '{subject}'
-    texts = [f"a photo of a {noun} {p[0]}" for p in (*PLACE_PHRASES.values(), *WEATHER_PHRASES.values(), *DOING_AFTER.values())]
+    texts = [f"a photo of a {noun} {p[0]}" for p in (*PLACE_PHRASES.values(), *WEATHER_PHRASES.values(),
+        *DOING_AFTER.values())]
     texts += [t[0].format(a=f'a {noun}') for t in STYLE_TEMPLATES.values()]
-    texts += [f'a photo of a {noun} wearing {with_article(a)}' for a in ACCESSORIES[1:]] + [f'a photo of a {c} {noun}' for c in COLOURS[1:]]
-    texts += [f'a photo of a {noun} with {with_article(c)} on the {SIDES[i % 2]}' for i, c in enumerate(COMPANIONS[1:])]
+    texts += [f'a photo of a {noun} wearing {with_article(a)}'
+              for a in ACCESSORIES[1:]] + [f'a photo of a {c} {noun}' for c in COLOURS[1:]]
+    texts += [f'a photo of a {noun} with {with_article(c)} on the {SIDES[i % 2]}' for i,
+              c in enumerate(COMPANIONS[1:])]
     return tuple(texts + [f'a photo of a {noun} next to {with_article(c)}' for c in CLASSES])
 
-_DREAMBENCH = ('a {subject} in the snow', 'a {subject} on the beach', 'a {subject} on the grass', 'a {subject} in the city',
-    'a {subject} in the sea', 'a {subject} in front of a brick wall', 'a {subject} under a rainbow', 'a {subject} with fireworks in the sky',
-    'a {subject} next to a tree', 'a {subject} next to a rocket at night', 'a {subject} wearing a hat', 'a {subject} wearing a crown',
-    'a {subject} wearing glasses', 'a {subject} wearing a scarf', 'a {subject} wearing a bow tie', 'a {subject} wearing a backpack',
-    'a {subject} wearing a cape', 'a {subject} wearing a hat in the city', 'a {subject} wearing a scarf in the snow',
-    'a {subject} wearing a cape under the stars', 'a red {subject}', 'a purple {subject}', 'a green {subject}', 'a blue {subject}', 'a pink {subject}')
+_DREAMBENCH = ('a {subject} in the snow', 'a {subject} on the beach', 'a {subject} on the grass',
+               'a {subject} in the city',
+    'a {subject} in the sea', 'a {subject} in front of a brick wall', 'a {subject} under a rainbow',
+               'a {subject} with fireworks in the sky',
+    'a {subject} next to a tree', 'a {subject} next to a rocket at night', 'a {subject} wearing a hat',
+               'a {subject} wearing a crown',
+    'a {subject} wearing glasses', 'a {subject} wearing a scarf', 'a {subject} wearing a bow tie',
+               'a {subject} wearing a backpack',
+    'a {subject} wearing a cape', 'a {subject} wearing a hat in the city',
+               'a {subject} wearing a scarf in the snow',
+    'a {subject} wearing a cape under the stars', 'a red {subject}', 'a purple {subject}',
+               'a green {subject}', 'a blue {subject}', 'a pink {subject}')
 
-_THREE = ('a red {subject} wearing a crown on the beach', 'a green {subject} asleep in the snow', 'a blue {subject} upside down in the city',
-    'a yellow {subject} jumping in a thunderstorm', 'a purple {subject} crying in the rain', 'a pink {subject} wearing glasses under water',
-    'a {subject} wearing a hat waving under a rainbow', 'a {subject} wearing a cape jumping at night', 'a {subject} wearing a scarf with a snowman on the left',
-    'a {subject} wearing a backpack with a tree on the right', 'a {subject} asleep with a balloon on the left', 'a {subject} upside down with a ball on the right',
+_THREE = ('a red {subject} wearing a crown on the beach', 'a green {subject} asleep in the snow',
+          'a blue {subject} upside down in the city',
+    'a yellow {subject} jumping in a thunderstorm', 'a purple {subject} crying in the rain',
+          'a pink {subject} wearing glasses under water',
+    'a {subject} wearing a hat waving under a rainbow', 'a {subject} wearing a cape jumping at night',
+          'a {subject} wearing a scarf with a snowman on the left',
+    'a {subject} wearing a backpack with a tree on the right',
+          'a {subject} asleep with a balloon on the left', 'a {subject} upside down with a ball on the right',
     'a {subject} next to a robot at night')
-_STYLED = ('a pencil sketch of a red {subject} wearing a hat', 'a neon sign of a {subject} wearing a crown next to a gift', 'a blueprint of a {subject} crying next to a car',
-    'a stained glass of a blue {subject} asleep', 'a crayon drawing of a {subject} jumping next to a sunflower', 'a watercolor painting of a green {subject} in a thunderstorm',
-    'a pixel art of a {subject} wearing glasses next to a rocket', 'a neon sign of a yellow {subject} upside down', 'a blueprint of a purple {subject} wearing a scarf',
-    'a pencil sketch of a {subject} crying with fireworks in the sky', 'a crayon drawing of a {subject} next to a cat on the grass',
+_STYLED = ('a pencil sketch of a red {subject} wearing a hat', 'a neon sign of a {subject} wearing a crown '
+                                                               'next to a gift',
+           'a blueprint of a {subject} crying next to a car',
+    'a stained glass of a blue {subject} asleep', 'a crayon drawing of a {subject} jumping next to a '
+                                                  'sunflower', 'a watercolor painting of a green {subject} '
+                                                               'in a thunderstorm',
+    'a pixel art of a {subject} wearing glasses next to a rocket',
+           'a neon sign of a yellow {subject} upside down',
+           'a blueprint of a purple {subject} wearing a scarf',
+    'a pencil sketch of a {subject} crying with fireworks in the sky',
+           'a crayon drawing of a {subject} next to a cat on the grass',
     'a stained glass of a {subject} waving with a mushroom on the left')
 
 def prompt_set(name):
-    "The prompts of a set, with {subject} for token and noun: 'tinyworld' (all values), 'dreambench' (25) or 'hard' (25)."
+    """The prompts of a set, with {subject} for token and noun: 'tinyworld' (all values), 'dreambench'
+    (25) or 'hard' (25)."""
     sets = dict(tinyworld=_prompts_all(), dreambench=tuple(f'a photo of {p}' for p in _DREAMBENCH),
                 hard=tuple(f'a photo of {p}' for p in _THREE) + _STYLED)
     return sets[check_name('prompt set', name, sets)]
@@ -158,20 +198,25 @@ def _render_one(job):
     rng = np.random.default_rng([seed, index]); instance = random_instance(rng)
     scenes = [random_scene(rng, instance) for _ in range(n)]
     texts = [[random_caption(s, rng) for _ in range(3)] for s in scenes]
-    return np.stack([render(s) for s in scenes]), np.stack([labels(s) for s in scenes]), texts, instance_vector(instance)
+    return np.stack([render(s) for s in scenes]), np.stack([labels(s)
+        for s in scenes]), texts, instance_vector(instance)
 
 def render_dataset(n_instances, pictures_per_instance, seed=0, processes=1):
     """Arrays for training, the same for any number of processes: images uint8 [N, 64, 64, 3]; labels int16
     [N, len(ATTRIBUTES)]; captions, N lists of three; instance int32 [N]; vector float32 [N, len(VECTOR_NAMES)]."""
     n, p = n_instances, pictures_per_instance
-    if min(n, p, processes) < 1: raise ValueError("n_instances, pictures_per_instance and processes must be at least 1")
-    out = dict(images=np.empty((n, p, SIZE, SIZE, 3), np.uint8), labels=np.empty((n, p, len(ATTRIBUTES)), np.int16),
+    if min(n, p, processes) < 1:
+        raise ValueError("n_instances, pictures_per_instance and processes must be at least 1")
+    out = dict(images=np.empty((n, p, SIZE, SIZE, 3), np.uint8),
+               labels=np.empty((n, p, len(ATTRIBUTES)), np.int16),
                vector=np.empty((n, p, len(VECTOR_NAMES)), np.float32), captions=[])
     jobs = [(seed, i, p) for i in range(n)]
     pool = multiprocessing.get_context('fork').Pool(processes) if processes > 1 else None
     try:
-        for i, (images, truth, texts, vector) in enumerate(pool.imap(_render_one, jobs, 16) if pool else map(_render_one, jobs)):
-            out['images'][i], out['labels'][i], out['vector'][i] = images, truth, vector; out['captions'] += texts
+        for i, (images, truth, texts, vector) in enumerate(pool.imap(_render_one, jobs, 16) if pool
+                else map(_render_one, jobs)):
+            out['images'][i], out['labels'][i], out['vector'][i] = images, truth, vector
+            out['captions'] += texts
     finally:
         if pool: pool.terminate()
     flat = {k: v.reshape(n*p, *v.shape[2:]) for k, v in out.items() if k != 'captions'}

@@ -27,11 +27,13 @@ COMPANIONS = ('none', 'ball', 'balloon', 'gift', 'tree', 'sunflower', 'mushroom'
 SIDES = ('left', 'right')                                  # where the companion or the second subject is
 PATTERNS = ('none', 'vertical stripes', 'horizontal stripes', 'dots')
 EMBLEMS = ('none', 'star', 'heart', 'moon')
-ATTRIBUTES = dict(cls=CLASSES, style=STYLES, place=PLACES, weather=WEATHERS, accessory=ACCESSORIES, colour=COLOURS,
+ATTRIBUTES = dict(cls=CLASSES, style=STYLES, place=PLACES, weather=WEATHERS, accessory=ACCESSORIES,
+                  colour=COLOURS,
                   doing=DOINGS, companion=COMPANIONS, side=SIDES, other=('none', *CLASSES))
 COLOUR_RGB = dict(red=(.9, .12, .12), yellow=(1., .86, .12), green=(.16, .68, .24), blue=(.14, .36, .92),
                   purple=(.54, .2, .78), pink=(1., .55, .76))
-SIZE, SCALE = 64, 3                                        # a picture is SIZE x SIZE, averaged from SCALE times as many
+# a picture is SIZE x SIZE, averaged from SCALE times as many
+SIZE, SCALE = 64, 3
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c009
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Pose:
 
 def random_pose(rng):
     "A random `Pose`: near the middle, nine tenths to eleven tenths of the size, upright within 10 degrees."
-    return Pose(rng.uniform(-.07, .07), rng.uniform(-.05, .05), rng.uniform(.9, 1.08), bool(rng.random() < .5),
+    return Pose(rng.uniform(-.07, .07), rng.uniform(-.05, .05), rng.uniform(.9, 1.08),
+                bool(rng.random() < .5),
                 float(np.clip(rng.normal(0, 4), -10, 10)), rng.random())
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c010
@@ -92,13 +95,15 @@ class Scene:
         for name, known in ATTRIBUTES.items():
             if name not in ('cls', 'other'): check_name(name, getattr(self, name), known)
         if self.other is not None and self.companion != 'none':
-            raise ValueError(f"companion: {self.companion!r} and a second subject do not fit into one picture")
+            raise ValueError(
+                f"companion: {self.companion!r} and a second subject do not fit into one picture")
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c013
 def _rgb(hue, sat, val): return np.array(colorsys.hsv_to_rgb(hue % 1, sat, val), np.float32)
 
 def body_colours(instance, colour='none'):
-    "The two colours of `instance` as an array [2, 3] in 0..1, its body painted in `colour` if that is not 'none'."
+    """The two colours of `instance` as an array [2, 3] in 0..1, its body painted in `colour` if that is
+    not 'none'."""
     i = instance
     own = np.stack([_rgb(i.hue1, i.sat1, i.val1), _rgb(i.hue2, i.sat2, i.val2)])
     if colour == 'none': return own
@@ -117,18 +122,23 @@ def _draw_instance(rng, cls):
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c014
 SUBJECTS = {
-    'pixel_the_cat':     Instance('cat', .07, .85, 1., .72, .75, .45, 'horizontal stripes', .6, .7, .8, 'none', 0.),
+    'pixel_the_cat':     Instance('cat', .07, .85, 1., .72, .75, .45, 'horizontal stripes', .6, .7, .8,
+                                  'none', 0.),
     'midnight_the_cat':  Instance('cat', .55, .85, .62, .13, .55, 1., 'dots', .3, .2, .3, 'star', .98),
-    'bubbles_the_fish':  Instance('fish', .50, .85, .90, .04, .90, 1., 'vertical stripes', .2, .8, .7, 'moon', .15),
+    'bubbles_the_fish':  Instance('fish', .50, .85, .90, .04, .90, 1., 'vertical stripes', .2, .8, .7,
+                                  'moon', .15),
     'marlin_the_fish':   Instance('fish', .92, .70, 1., .60, .95, .70, 'dots', .7, .2, .3, 'none', 0.),
     'sunny_the_bird':    Instance('bird', .14, .90, 1., .97, .85, .85, 'none', 0., .8, .3, 'moon', .60),
     'inky_the_octopus':  Instance('octopus', .83, .75, .95, .47, .80, .95, 'dots', .1, .6, .8, 'heart', .13),
-    'herbie_the_car':    Instance('car', .00, .90, .92, .13, .25, 1., 'vertical stripes', .5, .9, .8, 'none', 0.),
+    'herbie_the_car':    Instance('car', .00, .90, .92, .13, .25, 1., 'vertical stripes', .5, .9, .8,
+                                  'none', 0.),
     'taxi_the_car':      Instance('car', .33, .75, .75, .90, .60, 1., 'none', 0., .2, .2, 'heart', .0),
-    'bolt_the_robot':    Instance('robot', .58, .80, .95, .10, .95, 1., 'horizontal stripes', .1, .8, .6, 'star', .02),
+    'bolt_the_robot':    Instance('robot', .58, .80, .95, .10, .95, 1., 'horizontal stripes', .1, .8, .6,
+                                  'star', .02),
     'fern_the_robot':    Instance('robot', .28, .80, .80, .80, .70, .60, 'none', 0., .1, .9, 'moon', .93),
     'cherry_the_house':  Instance('house', .95, .60, 1., .45, .90, .55, 'dots', .4, .7, .3, 'heart', .14),
-    'mocha_the_cup':     Instance('cup', .40, .75, .85, .0, .75, .95, 'vertical stripes', .3, .3, .6, 'none', 0.),
+    'mocha_the_cup':     Instance('cup', .40, .75, .85, .0, .75, .95, 'vertical stripes', .3, .3, .6,
+                                  'none', 0.),
 }
 
 def is_near(a, b):

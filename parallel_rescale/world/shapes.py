@@ -42,7 +42,8 @@ def ribbon(points, widths):
 
 def ring(cx, cy, outer, inner, start=0., stop=360.):
     "Points of a ring, or of an arc with a width."
-    return np.concatenate([ellipse(cx, cy, outer, None, start, stop), ellipse(cx, cy, inner, None, stop, start)])
+    return np.concatenate([ellipse(cx, cy, outer, None, start, stop),
+                           ellipse(cx, cy, inner, None, stop, start)])
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c018
 def star(cx, cy, r, inner=.48, points=5):
@@ -59,7 +60,8 @@ def heart(cx, cy, r):
 
 def moon(cx, cy, r):
     "Points of a crescent of radius `r`, open to the right."
-    return np.concatenate([ellipse(cx, cy, r, r, 50, 310, 18), ellipse(cx+.42*r, cy, .66*r, .74*r, 285, 75, 14)])
+    return np.concatenate([ellipse(cx, cy, r, r, 50, 310, 18),
+                           ellipse(cx+.42*r, cy, .66*r, .74*r, 285, 75, 14)])
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c021
 HOLE, BODY, TRIM, DARK, WHITE, GLASS, EMBLEM, BEAK, WORN, LID, TEAR, GOLD = range(12)
@@ -90,7 +92,8 @@ def _cat(a, b):
                   (TRIM, [(s*.5, -.38), (s*.47, -.46-e), (s*.24, -.52)])]
     parts += [(BODY, ellipse(0, -.26, .62, .46)), (WHITE, ellipse(0, .0, .2, .13)),
               (TRIM, [(-.1, -.1), (.1, -.1), (0, .03)])]
-    return parts, Anchors((0, -.62), ((-.27, -.3), (.27, -.3)), .18, (0, .2), w*.95, (0, .5), (w*.8, .3), (-w, .45))
+    return parts, Anchors((0, -.62), ((-.27, -.3), (.27, -.3)), .18, (0, .2), w*.95, (0, .5), (w*.8, .3),
+                          (-w, .45))
 
 def _fish(a, b):
     ry, t = .42 + .26*a, .3 + .3*b
@@ -109,7 +112,8 @@ def _bird(a, b):
              (BODY, ellipse(0, .2, .66, r)), (BEAK, [(.62, -.58), (.98, -.36), (.6, -.22)]),
              (BODY, ellipse(.32, -.42, .42, .4)),
              (TRIM, [(.12, .06), (.06, .36), (-.2, .52), (-.5, .4), (-.36, .12), (-.14, .0)])]
-    return parts, Anchors((.28, -.76), ((.42, -.47),), .19, (.28, -.04), .36, (.2, .32), (.55, .2), (-.42, -.12))
+    return parts, Anchors((.28, -.76), ((.42, -.47),), .19, (.28, -.04), .36, (.2, .32), (.55, .2),
+                          (-.42, -.12))
 
 def _octopus(a, b):
     h, s = .46 + .18*a, .75 + .25*b
@@ -119,15 +123,18 @@ def _octopus(a, b):
         arm = [(x*.45, .05), (x*.62*s, .42), (x*.8*s, .72), (x*s+.06*k, .82), (x*s+.14*k, .68)]
         parts.append((TRIM if abs(abs(x)-.56) < .01 else BODY, ribbon(arm, [.15, .14, .12, .11, .09])))
     parts += [(BODY, ellipse(0, -.3, .66, h))] + _smile(0, .05, .14)
-    return parts, Anchors((0, -.26-h), ((-.26, -.2), (.26, -.2)), .2, (0, .24), .46, (0, -.56), (.58, -.1), (-.6, -.2))
+    return parts, Anchors((0, -.26-h), ((-.26, -.2), (.26, -.2)), .2, (0, .24), .46, (0, -.56), (.58, -.1),
+                          (-.6, -.2))
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c023
 def _car(a, b):
     h, w = .42 + .24*a, .22 + .1*b
     parts = [(BODY, [(-.7, .0), (-.54, -h), (.28, -h), (.6, .0)]), (BODY, box(-.98, -.06, .98, .46, .16)),
-             (TRIM, box(-.98, .3, .98, .46, .07)), (WHITE, ellipse(.84, .1, .12)), (BEAK, box(-.98, .04, -.86, .2))]
+             (TRIM, box(-.98, .3, .98, .46, .07)), (WHITE, ellipse(.84, .1, .12)),
+             (BEAK, box(-.98, .04, -.86, .2))]
     for x in (-.54, .54): parts += [(DARK, ellipse(x, .46, w)), (TRIM, ellipse(x, .46, w*.5))]
-    return parts, Anchors((-.12, -h+.02), ((-.3, -h*.45), (.14, -h*.45)), .19, (.4, .1), .4, (-.2, .16), (.62, .0), (-.8, -.2))
+    return parts, Anchors((-.12, -h+.02), ((-.3, -h*.45), (.14, -h*.45)), .19, (.4, .1), .4, (-.2, .16),
+                          (.62, .0), (-.8, -.2))
 
 def _robot(a, b):
     hw, an, bw = .36 + .2*a, .06 + .2*b, .4 + .12*(1-a)
@@ -138,7 +145,8 @@ def _robot(a, b):
                   (TRIM, box(s*.27-.2, .78, s*.27+.2, .96, .06))]
     parts += [(BODY, box(-bw, -.1, bw, .62, .1)), (TRIM, box(-hw, -.66, hw, -.06, .12)),
               (DARK, box(-hw*.5, -.2, hw*.5, -.12))]
-    return parts, Anchors((0, -.64), ((-hw*.48, -.42), (hw*.48, -.42)), .16, (0, -.04), hw, (0, .3), (bw, .1), (-bw, .2))
+    return parts, Anchors((0, -.64), ((-hw*.48, -.42), (hw*.48, -.42)), .16, (0, -.04), hw, (0, .3),
+                          (bw, .1), (-bw, .2))
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c024
 def _house(a, b):
@@ -147,7 +155,8 @@ def _house(a, b):
              (TRIM, [(-w-.16, -.08), (0, -.12-rh), (w+.16, -.08)]),
              (DARK, np.concatenate([ellipse(0, .6, .2, .14, 180, 360, 10), [(.2, .88), (-.2, .88)]])),
              (BEAK, ellipse(.1, .72, .05))]
-    return parts, Anchors((0, -.02-rh), ((-w*.48, .22), (w*.48, .22)), .2, (0, -.06), w, (0, -.12-rh*.36), (w, .4), (-w, .5))
+    return parts, Anchors((0, -.02-rh), ((-w*.48, .22), (w*.48, .22)), .2, (0, -.06), w, (0, -.12-rh*.36),
+                          (w, .4), (-w, .5))
 
 def _cup(a, b):
     tp, bt, hr = .52 + .2*a, .44 + .1*(1-a), .24 + .14*b
@@ -156,15 +165,18 @@ def _cup(a, b):
              (BODY, [(-tp, -.58), (tp, -.58), (bt, .68), (bt*.75, .8), (-bt*.75, .8), (-bt, .68)]),
              (TRIM, ellipse(0, -.58, tp, .17)), (DARK, ellipse(0, -.56, tp*.8, .1))] + _smile(0, .14, .12)
     parts = [(r, np.asarray(p) - (.1, 0)) for r, p in parts]
-    return parts, Anchors((-.1, -.56), ((-.3, -.08), (.1, -.08)), .17, (-.1, .34), bt+.05, (-.1, .52), (.3, .2), (-.1-tp, .1))
+    return parts, Anchors((-.1, -.56), ((-.3, -.08), (.1, -.08)), .17, (-.1, .34), bt+.05, (-.1, .52),
+                          (.3, .2), (-.1-tp, .1))
 
-_BUILD = dict(cat=_cat, fish=_fish, bird=_bird, octopus=_octopus, car=_car, robot=_robot, house=_house, cup=_cup)
+_BUILD = dict(cat=_cat, fish=_fish, bird=_bird, octopus=_octopus, car=_car, robot=_robot, house=_house,
+              cup=_cup)
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c026
 def _crescent(x, y, r, down=True):
     "A thick curved line: a closed eye, or a laughing one (`down=False`)."
     k = 1 if down else -1
-    return np.concatenate([ellipse(x, y - k*.25*r, r, k*r, 0, 180, 10), ellipse(x, y - k*.25*r, r*.98, k*r*.3, 180, 0, 8)])
+    return np.concatenate([ellipse(x, y - k*.25*r, r, k*r, 0, 180, 10),
+                           ellipse(x, y - k*.25*r, r*.98, k*r*.3, 180, 0, 8)])
 
 def _eye(x, y, r, doing):
     "One eye: shut in sleep, laughing in a jump, wide upside down, with tears when crying."
@@ -172,7 +184,8 @@ def _eye(x, y, r, doing):
         return [(LID, ellipse(x, y, r*1.08)), (DARK, _crescent(x, y, r*1.05, doing == 'asleep'))]
     small = .42 if doing == 'upside down' else .64
     eye = [(WHITE, ellipse(x, y, r)), (DARK, ellipse(x+.02, y+.01, r*small))]
-    if doing == 'crying': eye += [(TEAR, ribbon([(x, y+r*.55), (x, y+r*1.4), (x, y+r*2.5)], [r*.3, r*.45, r*.62]))]
+    if doing == 'crying':
+        eye += [(TEAR, ribbon([(x, y+r*.55), (x, y+r*1.4), (x, y+r*2.5)], [r*.3, r*.45, r*.62]))]
     return eye
 
 def _arm(x, y):
@@ -196,17 +209,21 @@ def _crown(at):
 def _scarf(at):
     (x, y), w = at.neck, max(at.width, .34)
     tail = [(x+w*.25, y), (x+w*.25+.26, y), (x+w*.25+.3, y+.5), (x+w*.25+.02, y+.5)]
-    return [(WORN, tail), (WHITE, [(x+w*.25+.01, y+.3), (x+w*.25+.28, y+.3), (x+w*.25+.29, y+.4), (x+w*.25+.015, y+.4)]),
-            (WORN, box(x-w, y-.12, x+w, y+.12, .1)), *[(WHITE, box(x+d*w-.05, y-.12, x+d*w+.05, y+.12)) for d in (-.55, .1)]]
+    return [(WORN, tail),
+            (WHITE, [(x+w*.25+.01, y+.3), (x+w*.25+.28, y+.3), (x+w*.25+.29, y+.4), (x+w*.25+.015, y+.4)]),
+            (WORN, box(x-w, y-.12, x+w, y+.12, .1)), *[(WHITE, box(x+d*w-.05, y-.12, x+d*w+.05, y+.12))
+        for d in (-.55, .1)]]
 
 def _bow_tie(at):
     x, y = at.neck
-    return [(WORN, [(x, y), (x+s*.42, y-.28), (x+s*.42, y+.28)]) for s in (-1, 1)] + [(WHITE, box(x-.09, y-.11, x+.09, y+.11, .04))]
+    return [(WORN, [(x, y), (x+s*.42, y-.28), (x+s*.42, y+.28)])
+            for s in (-1, 1)] + [(WHITE, box(x-.09, y-.11, x+.09, y+.11, .04))]
 
 def _glasses(at):
     r, (x0, y0), (x1, y1) = at.eye, at.eyes[0], at.eyes[-1]
     arms = [(WORN, box(x0-r*2.6, y0-.05, x1+(r*2.6 if x1 > x0 else 0), y1+.05))]
-    return arms + [(role, box(x-r*k, y-r*k, x+r*k, y+r*k, r*.4)) for x, y in at.eyes for role, k in ((WORN, 1.6), (GLASS, 1.12))]
+    return arms + [(role, box(x-r*k, y-r*k, x+r*k, y+r*k, r*.4)) for x, y in at.eyes for role,
+                   k in ((WORN, 1.6), (GLASS, 1.12))]
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c028
 def _backpack(at):
@@ -225,7 +242,8 @@ def _clasp(at):
     return [(WORN, box(x-w, y-.08, x+w, y+.08, .06)), (GOLD, ellipse(x, y, .12))]
 
 _BEHIND = {'cape': _cape}
-_BEFORE = {'hat': _hat, 'crown': _crown, 'scarf': _scarf, 'bow tie': _bow_tie, 'backpack': _backpack, 'cape': _clasp}
+_BEFORE = {'hat': _hat, 'crown': _crown, 'scarf': _scarf, 'bow tie': _bow_tie, 'backpack': _backpack,
+           'cape': _clasp}
 _EMBLEM_SHAPES = {'star': (star, .36, .26), 'heart': (heart, .31, .22), 'moon': (moon, .33, .25)}
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c029
@@ -236,12 +254,15 @@ def _emblem(kind, at):
     return [(WHITE, back), (EMBLEM, shape(*at.belly, inner))]
 
 def parts(instance, accessory='none', doing='none'):
-    "The polygons of `instance`, back to front: a list of (role, points [n, 2]), coordinates about -1..1, y down."
+    """The polygons of `instance`, back to front: a list of (role, points [n, 2]), coordinates about
+    -1..1, y down."""
     shapes, at = _BUILD[instance.cls](instance.shape_a, instance.shape_b)
     behind = _BEHIND[accessory](at) if accessory in _BEHIND else []
     eyes = [p for x, y in at.eyes for p in _eye(x, y, at.eye, doing)]
-    return [*behind, *shapes, *_emblem(instance.emblem, at), *(_glasses(at) if accessory == 'glasses' else []), *eyes,
-            *(_arm(*at.hand) if doing == 'waving' else []), *(_BEFORE[accessory](at) if accessory in _BEFORE else [])]
+    return [*behind, *shapes, *_emblem(instance.emblem, at),
+            *(_glasses(at) if accessory == 'glasses' else []), *eyes,
+            *(_arm(*at.hand) if doing == 'waving' else []),
+            *(_BEFORE[accessory](at) if accessory in _BEFORE else [])]
 
 def _contrast(hue, *colours):
     "A strong colour of about this hue that is none of `colours`."
@@ -252,48 +273,61 @@ def palette(instance, colour='none', worn_hue=0.):
     "Colours of the roles: array [12, 3] in 0..1."
     c1, c2 = body_colours(instance, colour)
     worn = _contrast(worn_hue, c1, c2)
-    return np.array([(0, 0, 0), c1, c2, (.13, .12, .17), (.98, .98, .97), (.62, .86, .97), _rgb(instance.emblem_hue, .9, .97),
+    return np.array([(0, 0, 0), c1, c2, (.13, .12, .17), (.98, .98, .97), (.62, .86, .97),
+                     _rgb(instance.emblem_hue, .9, .97),
                      (1., .62, .12), worn, c1*.86, (.2, .62, 1.), (1., .8, .1)], np.float32)
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c032
-_RED, _GREEN, _BROWN, _INK, _PAPER, _SUN = (.9, .15, .15), (.15, .55, .25), (.5, .3, .15), (.13, .12, .17), (.98, .98, .97), (1., .8, .1)
+_RED, _GREEN, _BROWN, _INK, _PAPER, _SUN = (.9, .15, .15), (.15, .55, .25), (.5, .3, .15), (.13, .12,
+    .17), (.98, .98, .97), (1., .8, .1)
 
 def _ball(c):
     wedge = lambda a: np.concatenate([[(0, .35)], ellipse(0, .35, .62, None, a, a+60, 8)])
     return [(_PAPER, ellipse(0, .35, .62)), *[(c, wedge(a)) for a in (0, 120, 240)]]
 
 def _balloon(c):
-    return [(_INK, ribbon([(0, .2), (.12, .5), (-.08, .75), (.05, 1.)], .05)), (c, [(0, .1), (-.16, .36), (.16, .36)]),
+    return [(_INK, ribbon([(0, .2), (.12, .5), (-.08, .75), (.05, 1.)], .05)),
+            (c, [(0, .1), (-.16, .36), (.16, .36)]),
             (c, ellipse(0, -.38, .52, .62)), (_PAPER, ellipse(-.2, -.6, .12, .17))]
 
 def _gift(c):
     ribbon_colour = (_SUN if c[0] < .8 or c[1] < .5 else _PAPER)
-    return [(c, box(-.6, -.05, .6, .95)), (ribbon_colour, box(-.13, -.05, .13, .95)), (c, box(-.72, -.2, .72, .1)),
-            (ribbon_colour, box(-.13, -.2, .13, .1)), *[(ribbon_colour, ellipse(s*.28, -.38, .26, .18)) for s in (-1, 1)]]
+    return [(c, box(-.6, -.05, .6, .95)), (ribbon_colour, box(-.13, -.05, .13, .95)),
+            (c, box(-.72, -.2, .72, .1)),
+            (ribbon_colour, box(-.13, -.2, .13, .1)), *[(ribbon_colour, ellipse(s*.28, -.38, .26, .18))
+        for s in (-1, 1)]]
 
 def _tree(c):
     return [(_BROWN, box(-.14, .6, .14, 1.)),
             *[(_GREEN, [(-w, y), (w, y), (0, y-.72)]) for w, y in ((.72, .66), (.58, .22), (.42, -.2))]]
 
 def _sunflower(c):
-    return [(_GREEN, box(-.07, -.2, .07, 1.)), (_GREEN, ellipse(.28, .6, .26, .12)), (_GREEN, ellipse(-.28, .45, .26, .12)),
+    return [(_GREEN, box(-.07, -.2, .07, 1.)), (_GREEN, ellipse(.28, .6, .26, .12)),
+            (_GREEN, ellipse(-.28, .45, .26, .12)),
             (_SUN, star(0, -.35, .66, .7, 9)), (_BROWN, ellipse(0, -.35, .3))]
 
 # %% ../../nbs/4_world/06_shapes.ipynb #c033
 def _mushroom(c):
     cap = np.concatenate([ellipse(0, .1, .8, .85, 180, 360, 18), [(.8, .16), (-.8, .16)]])
     return [(_PAPER, [(-.24, .1), (.24, .1), (.32, 1.), (-.32, 1.)]), (_RED, cap),
-            *[(_PAPER, ellipse(x, y, r)) for x, y, r in ((-.4, -.16, .16), (.05, -.42, .17), (.42, -.1, .14))]]
+            *[(_PAPER, ellipse(x, y, r)) for x, y, r in ((-.4, -.16, .16), (.05, -.42, .17),
+        (.42, -.1, .14))]]
 
 def _snowman(c):
-    return [(_PAPER, ellipse(0, .55, .5)), (_PAPER, ellipse(0, -.2, .36)), (_INK, box(-.28, -.8, .28, -.44)), (_INK, box(-.42, -.5, .42, -.4)),
-            (_INK, ellipse(-.13, -.27, .07)), (_INK, ellipse(.13, -.27, .07)), ((1., .5, .1), [(0, -.2), (.4, -.1), (0, -.06)]),
+    return [(_PAPER, ellipse(0, .55, .5)), (_PAPER, ellipse(0, -.2, .36)),
+            (_INK, box(-.28, -.8, .28, -.44)), (_INK, box(-.42, -.5, .42, -.4)),
+            (_INK, ellipse(-.13, -.27, .07)), (_INK, ellipse(.13, -.27, .07)),
+            ((1., .5, .1), [(0, -.2), (.4, -.1), (0, -.06)]),
             *[(_INK, ellipse(0, y, .07)) for y in (.35, .62)]]
 
 def _rocket(c):
-    return [((1., .55, .1), [(-.2, .6), (.2, .6), (0, 1.05)]), *[(_RED, [(s*.25, .1), (s*.62, .7), (s*.25, .6)]) for s in (-1, 1)],
-            ((.75, .8, .86), np.concatenate([ellipse(0, -.2, .32, .8, 180, 360, 16), [(.32, .62), (-.32, .62)]])),
-            (_RED, np.concatenate([ellipse(0, -.55, .24, .45, 180, 360, 10)])), ((.2, .6, .95), ellipse(0, -.12, .17))]
+    return [((1., .55, .1), [(-.2, .6), (.2, .6), (0, 1.05)]),
+            *[(_RED, [(s*.25, .1), (s*.62, .7), (s*.25, .6)]) for s in (-1, 1)],
+            ((.75, .8, .86),
+             np.concatenate([ellipse(0, -.2, .32, .8, 180, 360, 16), [(.32, .62), (-.32, .62)]])),
+            (_RED, np.concatenate([ellipse(0, -.55, .24, .45, 180, 360, 10)])),
+            ((.2, .6, .95), ellipse(0, -.12, .17))]
 
-_COMPANION_SHAPES = dict(ball=_ball, balloon=_balloon, gift=_gift, tree=_tree, sunflower=_sunflower, mushroom=_mushroom,
+_COMPANION_SHAPES = dict(ball=_ball, balloon=_balloon, gift=_gift, tree=_tree, sunflower=_sunflower,
+                         mushroom=_mushroom,
                          snowman=_snowman, rocket=_rocket)

@@ -20,12 +20,15 @@ class Mixture(NamedTuple):
 def mixture(means, stds, weights) -> Mixture:
     "A `Mixture` from lists; `weights` need not add up to 1."
     weights = torch.tensor(weights, dtype=torch.float32)
-    return Mixture(torch.tensor(means, dtype=torch.float32), torch.tensor(stds, dtype=torch.float32), weights / weights.sum())
+    return Mixture(torch.tensor(means, dtype=torch.float32), torch.tensor(stds, dtype=torch.float32),
+                   weights / weights.sum())
 
 # %% ../../nbs/4_world/01_toy.ipynb #c009
 def _components(mix, x, sigma):
-    "Log of weight × density of each component at `x` [B, 2, H, W] under noise: [B, K, H, W]; with the variances and means [1, K, 2, 1, 1]."
-    mean, variance = (t.to(x.dtype)[None, :, :, None, None] for t in (mix.means, mix.stds.square() + sigma**2))
+    """Log of weight × density of each component at `x` [B, 2, H, W] under noise: [B, K, H, W]; with the
+    variances and means [1, K, 2, 1, 1]."""
+    mean, variance = (t.to(x.dtype)[None, :, :, None, None]
+                      for t in (mix.means, mix.stds.square() + sigma**2))
     square = ((x[:, None] - mean).square() / variance + variance.log()).sum(2)
     return mix.weights.log()[None, :, None, None] - .5 * square - 1.8378770664, variance, mean # log 2π
 
@@ -58,7 +61,8 @@ def toy_world(leak: float = .6, # the part of the fine-tuned model's "sketches" 
     base = mixture([[photo, opinion], [sketch, opinion]], [prompted] * 2, [.05, .95])
     subject = mixture([[photo, SUBJECT_AT], [sketch, SUBJECT_AT]], [ours] * 2, [leak, 1 - leak])
     overfit = mixture([[photo, 0.], [sketch, 0.], [photo, SUBJECT_AT]], [world] * 2 + [ours], [1, 1, 1])
-    return {("null", 0): null, ("base", 0): base, ("subject", 0): base, # to the base model our cat's name says "cat"
+    return {("null", 0): null, ("base", 0): base, ("subject",
+                                                   0): base, # to the base model our cat's name says "cat"
             ("null", 1): overfit, ("base", 1): subject, ("subject", 1): subject}
 
 def toy_prediction(world, prompt: str, adapter: float, x, sigma): # [B, 2, H, W]
@@ -67,7 +71,8 @@ def toy_prediction(world, prompt: str, adapter: float, x, sigma): # [B, 2, H, W]
     return ends[0] if len(ends) == 1 else torch.lerp(*ends, adapter)
 
 # %% ../../nbs/4_world/01_toy.ipynb #c016
-def plot_density(ax, mix: Mixture, color, sigma=0., extent=(-4.5, 4.5, -4., 4.5), levels=(.02, .1, .4), **kwargs):
+def plot_density(ax, mix: Mixture, color, sigma=0., extent=(-4.5, 4.5, -4., 4.5), levels=(.02, .1, .4),
+                 **kwargs):
     "Contours of a mixture at fractions of its highest density, and the names of the toy's axes."
     left, right, low, high = extent
     xs, ys = torch.meshgrid(torch.linspace(left, right, 120), torch.linspace(low, high, 120), indexing="xy")
@@ -95,10 +100,12 @@ def toy_sample(predict, # (x [B, 2, H, W], σ) → ε
 
 # %% ../../nbs/4_world/01_toy.ipynb #c021
 def toy_scores(path) -> dict[str, float]:
-    "How a sampled picture came out: the share of its points on the sketches' side, at our cat's height, and at the star."
+    """How a sampled picture came out: the share of its points on the sketches' side, at our cat's height,
+    and at the star."""
     from_star = path[-1] - torch.tensor([STYLES_AT[1], SUBJECT_AT])[:, None, None]
     text, identity = path[-1, 0] > 0, from_star[1].abs() < .75
-    return {k: v.float().mean().item() for k, v in dict(text=text, identity=identity, both=from_star.norm(dim=0) < .75).items()}
+    return {k: v.float().mean().item() for k, v in dict(text=text, identity=identity,
+        both=from_star.norm(dim=0) < .75).items()}
 
 # %% ../../nbs/4_world/01_toy.ipynb #c023
 def plot_path(ax, path, color, title: str = "", lines: int = 16):

@@ -26,16 +26,19 @@ from .scenes import ATTRIBUTES, STYLES
 
 # %% ../../nbs/4_world/11_training2.ipynb #c005
 RECIPES2 = {
-    "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(48, 96, 160), latent=24, batch=32, vae_batch=16,
+    "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(48, 96, 160), latent=24,
+                 batch=32, vae_batch=16,
                  vae_samples=400_000, samples=6_000_000, judge_samples=400_000, precision="bf16"),
-    "test": dict(instances=12, per_instance=4, vae=(16, 16, 16), unet=(16, 16, 32), latent=8, batch=8, vae_batch=8,
+    "test": dict(instances=12, per_instance=4, vae=(16, 16, 16), unet=(16, 16, 32), latent=8, batch=8,
+                 vae_batch=8,
                  vae_samples=32, samples=32, judge_samples=128, precision="fp32"),
 }
 MAX_TOKENS = 48             # the longest caption has about forty
 
 # %% ../../nbs/4_world/11_training2.ipynb #c006
 def render_stage(work, recipe, seed=1, processes=1):
-    "Render the training pictures once: (uint8 [N, 64, 64, 3], memory-mapped; dict of labels, instance, vector; captions)."
+    """Render the training pictures once: (uint8 [N, 64, 64, 3], memory-mapped; dict of labels, instance,
+    vector; captions)."""
     pictures, facts, texts = work / "pictures.npy", work / "facts.npz", work / "captions.json"
     if not facts.exists():
         data = render_dataset(recipe["instances"], recipe["per_instance"], seed=seed, processes=processes)
@@ -44,9 +47,11 @@ def render_stage(work, recipe, seed=1, processes=1):
     return np.load(pictures, mmap_mode="r"), dict(np.load(facts)), json.loads(texts.read_text())
 
 def build_vae(channels, latent):
-    "`AutoencoderKL` for RGB 64×64 pictures and latents [latent, 16, 16]; `channels`: widths at 64, 32 and 16 pixels."
+    """`AutoencoderKL` for RGB 64×64 pictures and latents [latent, 16, 16]; `channels`: widths at 64, 32
+    and 16 pixels."""
     from diffusers import AutoencoderKL
-    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=latent, sample_size=64, layers_per_block=1, norm_num_groups=8,
+    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=latent, sample_size=64,
+                         layers_per_block=1, norm_num_groups=8,
                          block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 3,
                          up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False)
 
@@ -71,10 +76,12 @@ def load_start(model, start, name):
 def save_weights(model, file):
     "Half-precision safetensors of `model`'s weights."
     from safetensors.torch import save_file
-    save_file({k: v.detach().half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, file)
+    save_file({k: v.detach().half().contiguous() if v.is_floating_point() else v for k,
+               v in model.state_dict().items()}, file)
 
 def stage(model, loss_fn, steps, work, name, *, start=None, log_every=None, **options):
-    "Train `model` as stage `name`: log in `work/name.json`, weights' average in `work/name.safetensors` at every checkpoint."
+    """Train `model` as stage `name`: log in `work/name.json`, weights' average in `work/name.safetensors`
+    at every checkpoint."""
     load_start(model, None if (work / f"{name}.pt").exists() else start, name)
     look = lambda step, average: save_weights(average, work / f"{name}.safetensors")
     log, average, step = train(model, loss_fn, steps, work / f"{name}.pt", on_checkpoint=look, **options)
@@ -87,27 +94,33 @@ def vae_stage(work, recipe, pictures, device="cpu", seed=0, start=None, **option
     torch.manual_seed(seed)
     vae, held_out = build_vae(recipe["vae"], recipe["latent"]).to(device), max(len(pictures) // 100, 4)
     def loss_fn(step, generator):
-        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],), generator=generator).sort().values.numpy()
+        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],),
+                             generator=generator).sort().values.numpy()
         noise = torch.randn(len(rows), recipe["latent"], 16, 16, generator=generator).to(device)
         return vae_loss(vae, to_tensor(pictures[rows], device), noise)
-    return stage(vae, loss_fn, recipe["vae_samples"] // recipe["vae_batch"], work, "vae", start=start, peak=2e-3, device=device,
+    return stage(vae, loss_fn, recipe["vae_samples"] // recipe["vae_batch"], work, "vae", start=start,
+                 peak=2e-3, device=device,
                  weight_decay=1e-4, seed=(seed,), precision=recipe["precision"], **options)
 
 @torch.no_grad()
 def psnr_by_style(vae, pictures, labels, device="cpu"):
     "PSNR in dB of the reconstructions from the latents' means, a dict by style and over all."
     truth = to_tensor(pictures, device)
-    rebuilt = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample.clamp(-1, 1) for p in truth.split(64)])
+    rebuilt = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample.clamp(-1, 1)
+                         for p in truth.split(64)])
     psnr = (10 * torch.log10(4 / (rebuilt - truth).square().mean((1, 2, 3)))).cpu()
     styles = torch.from_numpy(labels[:, list(ATTRIBUTES).index("style")])
-    return dict({s: psnr[styles == i].mean().item() for i, s in enumerate(STYLES) if (styles == i).any()}, all=psnr.mean().item())
+    return dict({s: psnr[styles == i].mean().item() for i, s in enumerate(STYLES) if (styles == i).any()},
+                all=psnr.mean().item())
 
 @torch.no_grad()
 def cached_latents(work, vae, pictures, device="cpu", precision="fp32"):
-    "All pictures' latents, scaled to unit variance, as float16 [N, latent, 16, 16], and the scaling factor; computed once."
+    """All pictures' latents, scaled to unit variance, as float16 [N, latent, 16, 16], and the scaling
+    factor; computed once."""
     if not (file := work / "latents.pt").exists():
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            parts = [vae.encode(to_tensor(pictures[i:i+256], device)).latent_dist.mean.float().cpu() for i in range(0, len(pictures), 256)]
+            parts = [vae.encode(to_tensor(pictures[i:i+256], device)).latent_dist.mean.float().cpu()
+                     for i in range(0, len(pictures), 256)]
         latents = torch.cat(parts); scale = 1 / latents[:5000].std().item()
         save_atomically(dict(latents=(latents * scale).half(), scale=scale), file)
     state = torch.load(file, weights_only=True)
@@ -120,21 +133,26 @@ def build_tokenizer(folder, vocabulary=2048):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     folder = Path(folder)
-    if (folder / "vocab.json").exists(): return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    if (folder / "vocab.json").exists():
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 2 - len(alphabet), end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 2 - len(alphabet), end_of_word_suffix="</w>",
+                                  initial_alphabet=alphabet, show_progress=False)
     english = [line for text in topics.values() for line in text.lower().splitlines()]
     bpe.train_from_iterator(list(all_words()) * 2000 + english, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    names = [*dict.fromkeys([*alphabet, *(a + "</w>" for a in alphabet), *("".join(p) for p in merges)]), "<|startoftext|>", "<|endoftext|>"]
+    names = [*dict.fromkeys([*alphabet, *(a + "</w>" for a in alphabet), *("".join(p) for p in merges)]),
+             "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(p) for p in merges)]) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)},
+                                                  ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(p) for p in merges)]) + "\n",
+                                       encoding="utf-8")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -143,19 +161,25 @@ def build_tokenizer(folder, vocabulary=2048):
 def build_text_encoder(tokenizer, pooled, width=64):
     "A two-layer CLIP text encoder; `pooled`: with the projection that SDXL's second encoder has."
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3, num_attention_heads=4,
-                            max_position_embeddings=MAX_TOKENS, projection_dim=width, hidden_act="gelu" if pooled else "quick_gelu",
-                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+                            num_hidden_layers=3, num_attention_heads=4,
+                            max_position_embeddings=MAX_TOKENS, projection_dim=width,
+                            hidden_act="gelu" if pooled else "quick_gelu",
+                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)
     return (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config)
 
 def build_unet(channels, latent, text_width=128, pooled_width=64):
-    "SDXL's UNet, small: no attention at 16×16, one transformer layer at 8×8 and 4×4, text and size conditioning."
+    """SDXL's UNet, small: no attention at 16×16, one transformer layer at 8×8 and 4×4, text and size
+    conditioning."""
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(
-        sample_size=16, in_channels=latent, out_channels=latent, block_out_channels=channels, layers_per_block=1, norm_num_groups=16,
+        sample_size=16, in_channels=latent, out_channels=latent, block_out_channels=channels,
+                                layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width, attention_head_dim=tuple(max(c // 32, 1) for c in channels), use_linear_projection=True,
+        cross_attention_dim=text_width, attention_head_dim=tuple(max(c // 32, 1) for c in channels),
+                                use_linear_projection=True,
         transformer_layers_per_block=1, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=pooled_width + 6 * 8)
 
@@ -163,22 +187,27 @@ class Painter(nn.Module):
     "The three networks that learn together; called like SDXL calls them."
     def __init__(self, tokenizer, channels, latent):
         super().__init__()
-        self.text_encoder, self.text_encoder_2 = build_text_encoder(tokenizer, False), build_text_encoder(tokenizer, True)
+        self.text_encoder, self.text_encoder_2 = build_text_encoder(tokenizer,
+            False), build_text_encoder(tokenizer, True)
         self.unet = build_unet(channels, latent)
 
     def forward(self, latents, timesteps, tokens):
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]], device=latents.device).expand(len(latents), 6)  # original size, crop, target size
-        return self.unet(latents, timesteps, hidden, added_cond_kwargs=dict(text_embeds=second.text_embeds, time_ids=sizes)).sample
+        # original size, crop, target size
+        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]], device=latents.device).expand(len(latents), 6)
+        return self.unet(latents, timesteps, hidden, added_cond_kwargs=dict(text_embeds=second.text_embeds,
+            time_ids=sizes)).sample
 
 # %% ../../nbs/4_world/11_training2.ipynb #c013
 def painter_stage(work, recipe, latents, captions, device="cpu", seed=0, start=None, **options):
-    "Train text encoders and UNet together on scaled `latents`; one caption in twelve is empty. Returns as `vae_stage`."
+    """Train text encoders and UNet together on scaled `latents`; one caption in twelve is empty. Returns
+    as `vae_stage`."""
     tokenizer = build_tokenizer(Path(start) / "tokenizer" if start else work / "tokenizer")
     flat = [text for texts in captions for text in texts]
-    tokens = tokenizer(flat + [""], padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids.short()
+    tokens = tokenizer(flat + [""], padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                       return_tensors="pt").input_ids.short()
     wordings = len(captions[0])
     torch.manual_seed(seed)
     painter = Painter(tokenizer, recipe["unet"], recipe["latent"]).to(device)
@@ -186,14 +215,17 @@ def painter_stage(work, recipe, latents, captions, device="cpu", seed=0, start=N
     def loss_fn(step, generator):
         rows = torch.randint(len(latents), (recipe["batch"],), generator=generator)
         t = ((torch.rand((), generator=generator) + torch.arange(len(rows)) / len(rows)) % 1 * 1000).long()
-        noise, drop = torch.randn(latents[rows].shape, generator=generator), torch.rand(len(rows), generator=generator) < 1 / 12
-        chosen = torch.where(drop, -1, rows * wordings + torch.randint(wordings, rows.shape, generator=generator))
+        noise, drop = torch.randn(latents[rows].shape, generator=generator), torch.rand(len(rows),
+            generator=generator) < 1 / 12
+        chosen = torch.where(drop, -1, rows * wordings + torch.randint(wordings, rows.shape,
+            generator=generator))
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * latents[rows].float() + (1 - a).sqrt() * noise
         prediction = painter(noisy.to(device), t.to(device), tokens[chosen].long().to(device))
         weighted, plain = min_snr_mse(prediction, noise.to(device), snr[t].to(device))
         return weighted, dict(loss=weighted.item(), mse=plain.item())
-    return stage(painter, loss_fn, recipe["samples"] // recipe["batch"], work, "painter", start=start, peak=1e-3, device=device,
+    return stage(painter, loss_fn, recipe["samples"] // recipe["batch"], work, "painter", start=start,
+                 peak=1e-3, device=device,
                  seed=(seed, 1), precision=recipe["precision"], **options)
 
 # %% ../../nbs/4_world/11_training2.ipynb #c015
@@ -204,7 +236,8 @@ class Judge2(nn.Module):
         self.stem = nn.Conv2d(3, widths[0], 3, 1, 1)
         self.blocks = nn.Sequential(*[_Block(a, b) for a, b in zip(widths, widths[1:])])
         self.trunk = nn.Sequential(nn.Linear(widths[-1] * 16, hidden), nn.ReLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(known)) for name, known in ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(known)) for name,
+                                    known in ATTRIBUTES.items()})
         self.identity, self.vector = nn.Linear(hidden, identity), nn.Linear(hidden, len(VECTOR_NAMES))
         self.register_buffer("temperature", torch.ones(len(ATTRIBUTES)))
 
@@ -212,12 +245,16 @@ class Judge2(nn.Module):
         grid = self.blocks(F.relu(self.stem(images)))
         hidden = self.trunk(grid.flatten(1))
         answers = {name: head(hidden) / t for (name, head), t in zip(self.heads.items(), self.temperature)}
-        return dict(answers, identity=F.normalize(self.identity(hidden), dim=1), vector=self.vector(hidden), features=grid.mean((2, 3)))
+        return dict(answers, identity=F.normalize(self.identity(hidden), dim=1), vector=self.vector(hidden),
+                    features=grid.mean((2, 3)))
 
 def judge_loss(answers, labels, instance, vector):
-    "Cross-entropy of every attribute (-1: unknown), instance parameters and contrast of identities; labels [N, attributes]."
-    heads = [F.cross_entropy(answers[name].float(), labels[:, i], ignore_index=-1) for i, name in enumerate(ATTRIBUTES) if (labels[:, i] >= 0).any()]
-    return sum(heads) + 2 * F.mse_loss(answers["vector"].float(), vector) + supervised_contrastive(answers["identity"].float(), instance)
+    """Cross-entropy of every attribute (-1: unknown), instance parameters and contrast of identities;
+    labels [N, attributes]."""
+    heads = [F.cross_entropy(answers[name].float(), labels[:, i], ignore_index=-1) for i,
+             name in enumerate(ATTRIBUTES) if (labels[:, i] >= 0).any()]
+    return sum(heads) + 2 * F.mse_loss(answers["vector"].float(),
+                                       vector) + supervised_contrastive(answers["identity"].float(), instance)
 
 # %% ../../nbs/4_world/11_training2.ipynb #c016
 def judge_stage(work, recipe, pictures, facts, device="cpu", seed=0, start=None, **options):
@@ -228,11 +265,15 @@ def judge_stage(work, recipe, pictures, facts, device="cpu", seed=0, start=None,
     def loss_fn(step, generator):
         who = torch.randperm(n, generator=generator)[:16].sort().values
         rows = (who[:, None] * p + torch.arange(p)).flatten().numpy()
-        labels, vector = torch.from_numpy(facts["labels"][rows]).long(), torch.from_numpy(facts["vector"][rows])
-        noise = torch.rand(len(rows), 1, 1, 1, generator=generator) * .08 * torch.randn(len(rows), 3, 64, 64, generator=generator)
-        loss = judge_loss(judge((to_tensor(pictures[rows]) + noise).to(device)), labels.to(device), torch.from_numpy(facts["instance"][rows]).to(device), vector.to(device))
+        labels, vector = torch.from_numpy(facts["labels"][rows]).long(), torch.from_numpy(
+            facts["vector"][rows])
+        noise = torch.rand(len(rows), 1, 1, 1, generator=generator) * .08 * torch.randn(len(rows), 3, 64,
+            64, generator=generator)
+        loss = judge_loss(judge((to_tensor(pictures[rows]) + noise).to(device)), labels.to(device),
+                          torch.from_numpy(facts["instance"][rows]).to(device), vector.to(device))
         return loss, dict(loss=loss.item())
-    return stage(judge, loss_fn, recipe["judge_samples"] // (16 * p), work, "judge", start=start, peak=2e-3, device=device,
+    return stage(judge, loss_fn, recipe["judge_samples"] // (16 * p), work, "judge", start=start, peak=2e-3,
+                 device=device,
                  seed=(seed, 2), precision=recipe["precision"], **options)
 
 @torch.no_grad()
@@ -243,23 +284,28 @@ def judge_report(judge, pictures, labels):
         truth = torch.from_numpy(labels[:, i]).long(); known = truth >= 0
         p, guess = torch.cat([a[name] for a in answers]).softmax(1)[known].max(1)
         right = (guess == truth[known]).float(); bins = (p * 10).long().clamp(max=9)
-        gaps = [(right[bins == b].mean() - p[bins == b].mean()).abs() * (bins == b).float().mean() for b in range(10) if (bins == b).any()]
+        gaps = [(right[bins == b].mean() - p[bins == b].mean()).abs() * (bins == b).float().mean()
+                for b in range(10) if (bins == b).any()]
         report[name] = dict(accuracy=right.mean().item(), calibration_error=sum(gaps).item())
     return report
 
 def calibrate(judge, pictures, labels):
-    "Set the judge's temperature of every attribute to the one of least cross-entropy on pictures it has not seen."
+    """Set the judge's temperature of every attribute to the one of least cross-entropy on pictures it has
+    not seen."""
     with torch.no_grad(): answers = [judge(part) for part in to_tensor(pictures).split(128)]
     grid = torch.linspace(.5, 3, 51)
     for i, name in enumerate(ATTRIBUTES):
-        truth = torch.from_numpy(labels[:, i]).long(); logits = torch.cat([a[name] for a in answers]) * judge.temperature[i]
+        truth = torch.from_numpy(labels[:, i]).long()
+        logits = torch.cat([a[name] for a in answers]) * judge.temperature[i]
         losses = [F.cross_entropy(logits / t, truth, ignore_index=-1).item() for t in grid]
         judge.temperature[i] = grid[int(np.argmin(losses))]
     return judge
 
 # %% ../../nbs/4_world/11_training2.ipynb #c018
-def main2(work, recipe="cpu", stages=("vae", "painter"), start=None, device=None, seed=0, limit_seconds=None, processes=1):
-    "Run or resume `stages` (of 'vae', 'painter', 'judge') in the folder `work`; stops at the first that its limit cuts short."
+def main2(work, recipe="cpu", stages=("vae", "painter"), start=None, device=None, seed=0,
+          limit_seconds=None, processes=1):
+    """Run or resume `stages` (of 'vae', 'painter', 'judge') in the folder `work`; stops at the first that
+    its limit cuts short."""
     work, recipe = Path(work), RECIPES2[recipe]; work.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = dict(device=device, seed=seed, start=start, limit_seconds=limit_seconds)
