@@ -17,7 +17,8 @@ from parallel_rescale.method.guidance import Branch, Guidance
 from parallel_rescale.method.rules import AutoGuidance, CFG, ConsistencyGuidance, OrthogonalOnly
 from parallel_rescale.method.rules import ParallelRescale, PersonalizationGuidance
 from parallel_rescale.method.schedules import every, interval
-from parallel_rescale.machine.pipeline import Record, SubjectPipeline, diagnostics
+from parallel_rescale.machine.pipeline import SubjectPipeline
+from parallel_rescale.machine.record import Record, diagnostics
 from parallel_rescale.tools.plot import plot_ratio
 from parallel_rescale.machine.saved_subject import LORA_FILE, TOKENS_FILE, Subject, load_tokens
 from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl

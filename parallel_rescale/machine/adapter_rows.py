@@ -12,11 +12,13 @@ from contextlib import contextmanager
 
 import torch
 
+from ..tools.util import to_device
+
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c011
 class RowScale:
     """A number that is different in every row of a batch: `x * RowScale(s)` multiplies row r of x by s[r].
 
-    With `only`, x holds just those rows of the batch, and the product waits to be added to them: see `Rows`."""
+    With `only`, x holds just those rows of the batch, and the product waits to be added: see `Rows`."""
     def __init__(self, rows: torch.Tensor,        # [B]
                  only: slice | None = None):
         self.rows, self.only, self.views = rows, only, [rows.view(-1, *[1] * n) for n in range(5)]
@@ -58,34 +60,38 @@ _known_layers = weakref.WeakKeyDictionary()        # model → (its adapters' co
 
 def adapter_layers(model) -> list:
     """The adapter layers (PEFT) of a model; empty where none was loaded. Looked for once, and again when
-    adapters come or go."""
+    adapters come or go; the layers themselves are not kept alive."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     configs = getattr(model, "peft_config", None) or {}
     known = _known_layers.get(model)
-    if configs and known and known[0].keys() == configs.keys() and all(known[0][k] is configs[k]
-            for k in configs):
-        return known[1]
+    if known and known[0].keys() == configs.keys() and all(known[0][k] is configs[k] for k in configs):
+        layers = [layer() for layer in known[1]]
+        if None not in layers: return layers
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    _known_layers[model] = dict(configs), layers
+    _known_layers[model] = dict(configs), [weakref.ref(layer) for layer in layers]
     return layers
 
 def _active(layers) -> set:
     "The names of the adapters that take part in a forward pass."
     return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c017b
+def _not_lora(layer) -> str | None:
+    "Why a layer has no scale of its own, or None where it has one."
+    from peft.tuners.lora import LoraLayer
+    if not isinstance(layer, LoraLayer):
+        return f"{type(layer).__name__} is not a LoRA layer, and only LoRA has a scale for each row"
+    if layer.merged:
+        return f"the adapter {layer.merged_adapters} is fused into the weights: call pipe.unfuse_lora() first"
+    variants = {name for name, used in layer.use_dora.items()
+                if used} | set(getattr(layer, "lora_variant", {}))
+    for name in variants & set(layer.active_adapters):
+        return (f"the adapter {name!r} is a DoRA (or another LoRA variant), whose scale sits inside a weight "
+                "norm: train it with use_dora=False")
+
 def _obstacle(layers) -> str | None:
     "Why these layers cannot run at another scale than their own, or None where they can."
-    from peft.tuners.lora import LoraLayer
-    for layer in layers:
-        if not isinstance(layer, LoraLayer):
-            return f"{type(layer).__name__} is not a LoRA layer, and only LoRA has a scale for each row"
-        if layer.merged:
-            return f"the adapter {layer.merged_adapters} is fused into the weights: call pipe.unfuse_lora() first"
-        variants = {name for name, used in layer.use_dora.items()
-                    if used} | set(getattr(layer, "lora_variant", {}))
-        for name in variants & set(layer.active_adapters):
-            return f"the adapter {name!r} is a DoRA (or another LoRA variant), whose scale sits inside a weight norm: train it with use_dora=False"
-    return None
+    return next((why for layer in layers if (why := _not_lora(layer))), None)
 
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c020
 def _scale_of(scale, adapter: str) -> float:
@@ -101,7 +107,7 @@ def _row_scale(values: Sequence[float], like: torch.Tensor, partial: bool):
     only = slice(used[0], used[-1] + 1) if partial else slice(0, len(values))
     rows = torch.tensor(values[only])
     if rows.to(like.dtype).tolist() == rows.tolist(): rows = rows.to(like.dtype)
-    return RowScale(rows.to(like.device, non_blocking=True), only if len(rows) < len(values) else None)
+    return RowScale(to_device(rows, like.device), only if len(rows) < len(values) else None)
 
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c022
 def _rows_before(dropout, rows: slice, made: dict):
@@ -112,34 +118,29 @@ def _rows_before(dropout, rows: slice, made: dict):
     if key not in made: made[key] = Rows(rows, dropout)
     return made[key]
 
-def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, dict]]:
-    """What to change so that row r runs at scale rows[r]: (a dictionary of a layer, some of its entries
-    now, and those entries then)."""
+def _plan_layer(layer, rows: Sequence, like: torch.Tensor, made: dict):
+    """What to change in one layer: (a dictionary of it, some entries now, those entries then), several.
+    `made` keeps what layers of the same kind share."""
     from peft.tuners.lora import Conv2d, Linear
-    plan, made = [], {}
-    for layer in layers:
-        if layer.disable_adapters: continue
-        # the quantised ones handle their output in ways of their own
-        partial = type(layer) in (Linear, Conv2d)
-        scaling, dropout, dropouts = {}, {}, layer.lora_dropout._modules
-        for adapter, base in layer.scaling.items():
-            if (key := (adapter, base, partial)) not in made:
-                made[key] = _row_scale([_scale_of(s, adapter) * base for s in rows], like, partial)
-            scale = scaling[adapter] = made[key]
-            if getattr(scale, "only", None):
-                dropout[adapter] = _rows_before(dropouts[adapter], scale.only, made)
-        plan.append((layer.scaling, dict(layer.scaling), scaling))
-        if dropout: plan.append((dropouts, {a: dropouts[a] for a in dropout}, dropout))
-        # what would be multiplied by 0 in every row need not be computed
-        if not any(isinstance(s := scaling.get(a, 0.), RowScale) or s for a in layer.active_adapters):
-            plan.append((layer.__dict__, {"_disable_adapters": False}, {"_disable_adapters": True}))
-    return plan
+    partial = type(layer) in (Linear, Conv2d)      # the quantised ones handle their output in their own ways
+    scaling, dropout, dropouts = {}, {}, layer.lora_dropout._modules
+    for adapter, base in layer.scaling.items():
+        if (key := (adapter, base, partial)) not in made:
+            made[key] = _row_scale([_scale_of(s, adapter) * base for s in rows], like, partial)
+        scale = scaling[adapter] = made[key]
+        if getattr(scale, "only", None): dropout[adapter] = _rows_before(dropouts[adapter], scale.only, made)
+    yield layer.scaling, dict(layer.scaling), scaling
+    if dropout: yield dropouts, {a: dropouts[a] for a in dropout}, dropout
+    # what would be multiplied by 0 in every row need not be computed
+    if not any(isinstance(s := scaling.get(a, 0.), RowScale) or s for a in layer.active_adapters):
+        yield layer.__dict__, {"_disable_adapters": False}, {"_disable_adapters": True}
 
-def _placed(model):
-    """A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the
-    weights. No list of all: this stands in every step."""
-    there = next((p for p in model.parameters() if p.device.type != "meta"), None)
-    return torch.empty(0, dtype=next(model.parameters()).dtype) if there is None else there
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c022b
+def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, dict]]:
+    "What to change so that row r runs at scale rows[r]; see `_plan_layer`."
+    made = {}
+    return [change for layer in layers if not layer.disable_adapters
+            for change in _plan_layer(layer, rows, like, made)]
 
 @contextmanager
 def _carried_out(plan):
@@ -150,17 +151,21 @@ def _carried_out(plan):
         for entries, now, then in plan: entries.update(now)
 
 # %% ../../nbs/2_machine/01_adapter_rows.ipynb #c024
-@contextmanager
-def adapter_rows(model,         # a UNet or text encoder with LoRA adapters
-                 scales,        # for each row of the batch a number, or a mapping adapter → number (others 0); or one of these for all rows
-                 like=None,     # a tensor with the device and dtype of the batch; default: a parameter of the model
-                ):
-    """Inside, row r of a batch sees the model's LoRA adapters at `scales[r]` times their own weight: 0 is the base model.
+def _placed(model):
+    """A parameter to tell device and dtype by: the first that is not on meta, where offloading parks the
+    weights. No list of all: this stands in every step."""
+    there = next((p for p in model.parameters() if p.device.type != "meta"), None)
+    return torch.empty(0, dtype=next(model.parameters()).dtype) if there is None else there
 
-    ValueError where the adapters have no scale to change (DoRA, fused). Everything is as before on exit."""
-    layers, scales = adapter_layers(model), [scales] if isinstance(scales,
-        (int, float, Mapping)) else list(scales)
-    if any(isinstance(s, Mapping) or s != 1 for s in scales):
-        if why := _obstacle(layers): raise ValueError(f"adapter_rows: {why}")
-        with _carried_out(_plan(layers, scales, _placed(model) if like is None else like)): yield
-    else: yield
+@contextmanager
+def adapter_rows(model,       # a denoiser or text encoder with LoRA adapters
+                 scales,      # one for each row, or one for all: a number, or adapter → number (others 0)
+                 like=None):  # a tensor with the device and dtype of the batch; default: a parameter's
+    """Inside, row r of a batch sees the model's LoRA adapters at `scales[r]` times their own weight: 0 is
+    the base model. ValueError where the adapters have no scale to change (DoRA, fused). Everything is as
+    before on exit."""
+    layers = adapter_layers(model)
+    scales = [scales] if isinstance(scales, (int, float, Mapping)) else list(scales)
+    if not any(isinstance(s, Mapping) or s != 1 for s in scales): yield; return
+    if why := _obstacle(layers): raise ValueError(f"adapter_rows: {why}")
+    with _carried_out(_plan(layers, scales, _placed(model) if like is None else like)): yield
