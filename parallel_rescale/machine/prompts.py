@@ -53,7 +53,7 @@ def encode_prompt(pipe, prompt=None, null=False, **options) -> tuple[PromptEmbed
     """A text or texts, and with `null` the pipeline's negative prompt, as the pipeline encodes them for
     itself. `options`: further arguments of `pipe.encode_prompt`; ValueError for one that it does not take."""
     takes = inspect.signature(pipe.encode_prompt).parameters
-    given = {k: v for k, v in options.items() if v is not None}
+    given = {"num_images_per_prompt": 1} | {k: v for k, v in options.items() if v is not None}
     if unknown := given.keys() - takes:
         raise ValueError(f"{type(pipe).__name__} encodes prompts without {', '.join(sorted(unknown))}")
     call = {k: None for k, p in takes.items() if p.default is p.empty} | given   # SD3 wants all three prompts
