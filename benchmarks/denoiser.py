@@ -1,7 +1,7 @@
 """Time guided sampling: one UNet call a step against two and three, and what is spent outside the UNet.
 
     python benchmarks/denoiser.py                                         # the embedded model
-    python benchmarks/denoiser.py --base random-sdxl --device cuda --dtype bfloat16
+    python benchmarks/denoiser.py --base random-sdxl --device cuda --dtype bfloat16 [--compile whole]
     python benchmarks/denoiser.py --base random-sdxl --size small         # a small copy, for a CPU
     python benchmarks/denoiser.py --base path/to/sdxl --device cuda
 
@@ -78,9 +78,12 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", choices=["no", "whole", "regional"], default="no", help="torch.compile of the UNet, in place")
     parser.add_argument("--output", type=Path, help="default: a file beside this script")
     a = parser.parse_args()
     unet = load_unet(a.base, a.size, a.device, getattr(torch, a.dtype), a.rank)
+    if a.compile == "whole": unet.compile()
+    if a.compile == "regional": unet.compile_repeated_blocks()
     like, side, scheduler = next(unet.parameters()), unet.config.sample_size, EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
     tokens = 32 if a.base == TINY_SDXL else 77      # a prompt's, as the tokenizer pads it
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
@@ -106,7 +109,7 @@ def main():
             "three": with_rule(ParallelRescale(), one_branch_a_call=True), "every": with_rule(every(ParallelRescale(), 2)), "cfg": with_rule(CFG())}
     device = torch.cuda.get_device_name() if like.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     base = "the embedded model" if a.base == TINY_SDXL else f"random-sdxl ({a.size})" if a.base == "random-sdxl" else a.base
-    lines = [f"# Guided sampling: {base}", "", f"{device}, {a.dtype}, latents {side}×{side}, {tokens} tokens, LoRA rank {a.rank}, torch {torch.__version__}; {a.steps} steps, medians of {a.repeats} turns. "
+    lines = [f"# Guided sampling: {base}", "", f"{device}, {a.dtype}, {dict(no='eager').get(a.compile, f'compiled ({a.compile})')}, latents {side}×{side}, {tokens} tokens, LoRA rank {a.rank}, torch {torch.__version__}; {a.steps} steps, medians of {a.repeats} turns. "
              "One call: `ParallelRescale` through `guided`; two calls: null and base with the LoRA at scale 0, then the subject (the DCO authors' sampler); "
              "three calls: `max_rows=` the number of pictures; `every`: `every(ParallelRescale(), 2)`. Ratios are of times in the same turn.", "",
              "| batch | one call, ms a step | two calls / one | three calls / one | outside the UNet | every / CFG | one call / CFG |", "| --- | --- | --- | --- | --- | --- | --- |"]
@@ -115,12 +118,14 @@ def main():
         turns, outside = [], []
         for _ in range(a.repeats):
             turns.append({name: way(batch) for name, way in ways.items()})
-            with Timer(unet) as timer: outside.append(share(ways["one"], batch, timer, a.steps))
+            if a.compile == "no":                 # a timer in a compiled network would be compiled too
+                with Timer(unet) as timer: outside.append(share(ways["one"], batch, timer, a.steps))
         def ratio(over, under): return f"{statistics.median(t[over] / t[under] for t in turns):.2f}"
         lines.append(f"| {batch} | {1e3 * statistics.median(t['one'] for t in turns):.1f} | {ratio('two', 'one')} | {ratio('three', 'one')} | "
-                     f"{statistics.median(outside):.1%} | {ratio('every', 'cfg')} | {ratio('one', 'cfg')} |")
+                     f"{f'{statistics.median(outside):.1%}' if outside else '–'} | {ratio('every', 'cfg')} | {ratio('one', 'cfg')} |")
         print(lines[-1], flush=True)
     name = "denoiser" if a.base == TINY_SDXL else f"denoiser-{Path(a.base).name}{'-small' if a.size == 'small' else ''}"
+    if a.compile != "no": name += f"-{a.compile}"
     output = a.output or Path(__file__).with_name(f"{name}.md")
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"written to {output}")

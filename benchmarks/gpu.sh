@@ -12,10 +12,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu}
 mkdir -p "$OUT"
-failed=()
+failed=() ends=0
 
-limited() {   # limited SECONDS NAME command…: at most so long, its output in a log, its failure remembered
-  local seconds=$1 name=$2 started=$SECONDS; shift 2
+limited() {   # limited SECONDS NAME command…: at most so long and no longer than the part may last, its output in a log
+  local seconds=$1 name=$2 started=$SECONDS left=$((ends - SECONDS)); shift 2
+  [ "$seconds" -le "$left" ] || seconds=$left
+  if [ "$seconds" -lt 20 ]; then failed+=("$name (no time left)"); return; fi
   printf '\n== %s (at most %s s)\n' "$name" "$seconds"
   timeout --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
   local code=$?
@@ -24,20 +26,22 @@ limited() {   # limited SECONDS NAME command…: at most so long, its output in 
   [ $code -eq 0 ] || failed+=("$name (exit $code, $OUT/$name.log)")
 }
 
-part_a() {
-  limited 180 tests pytest -q -m cuda -p no:cacheprovider --junitxml="$OUT/junit.xml"
-  # chapters take CUDA by themselves where there is one
-  for chapter in 1_method/0[1-9]_* 1_method/10_focus 2_machine/0[135]_* 6_use/01_demo; do
-    for file in nbs/${chapter%.ipynb}.ipynb; do
-      limited 45 "chapter_$(basename "$file" .ipynb)" nbdev_test --path "$file"
-    done
-  done
+part_a() {   # chapters take CUDA by themselves where there is one; several run side by side
+  ends=$((SECONDS + 570))
+  limited 240 tests pytest -q -m cuda -n 4 -p no:cacheprovider --junitxml="$OUT/junit.xml"
+  for part in 1_method 2_machine 3_subject 6_use; do limited 150 "chapters_$part" nbdev_test --path "nbs/$part" --n_workers 6; done
 }
 
-part_b() {
-  local python=python sdxl="--base random-sdxl --device cuda --dtype bfloat16 --rank 32"
-  limited 270 denoiser_sdxl $python benchmarks/denoiser.py $sdxl --batches 1 --steps 30 --repeats 3 --output "$OUT/denoiser-sdxl.md"
-  limited 270 finetune_sdxl $python benchmarks/finetune.py --size sdxl --device cuda --output "$OUT/finetune-sdxl.md"
+part_b() {   # in the half precision that this card computes by itself
+  ends=$((SECONDS + 570))
+  local half=$(python -c "from parallel_rescale.subject.defaults import half_precision; print(half_precision())")
+  local dtype=$([ "$half" = bf16 ] && echo bfloat16 || echo float16)
+  local sdxl="--base random-sdxl --device cuda --dtype $dtype --rank 32 --batches 1 --steps 30 --repeats 3"
+  limited 120 denoiser_sdxl python benchmarks/denoiser.py $sdxl --output "$OUT/denoiser-sdxl.md"
+  limited 150 denoiser_sdxl_compiled python benchmarks/denoiser.py $sdxl --compile regional --output "$OUT/denoiser-sdxl-compiled.md"
+  limited 150 finetune_sdxl python benchmarks/finetune.py --size sdxl --device cuda --precision "$half" --output "$OUT/finetune-sdxl.md"
+  # teach, save, load, sample, resume at full size, fp16 too; its last line tells seconds and memory
+  limited 240 full_size pytest -q -s -m full_size tests/test_full_size.py -p no:cacheprovider
 }
 
 part_c() {
