@@ -47,6 +47,7 @@ class _Part:
         result[part.rows] += part.value
         return result
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c014a1
 class Rows(torch.nn.Module):
     "Stands where a LoRA layer has its dropout and lets only some rows of the batch pass."
     def __init__(self, rows: slice, dropout: torch.nn.Module):
@@ -71,6 +72,7 @@ def adapter_layers(model) -> list:
     _known_layers[model] = dict(configs), [weakref.ref(layer) for layer in layers]
     return layers
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c017a1
 def _active(layers) -> set:
     "The names of the adapters that take part in a forward pass."
     return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
@@ -89,6 +91,7 @@ def _not_lora(layer) -> str | None:
         return (f"the adapter {name!r} is a DoRA (or another LoRA variant), whose scale sits inside a weight "
                 "norm: train it with use_dora=False")
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c017ba1
 def _obstacle(layers) -> str | None:
     "Why these layers cannot run at another scale than their own, or None where they can."
     return next((why for layer in layers if (why := _not_lora(layer))), None)
@@ -99,6 +102,7 @@ def _scale_of(scale, adapter: str) -> float:
     one adapter."""
     return float(scale.get(adapter, 0.) if isinstance(scale, Mapping) else scale)
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c020a1
 def _row_scale(values: Sequence[float], like: torch.Tensor, partial: bool):
     """One number where all rows agree, else a `RowScale` (partial: of the rows that are not 0), in the
     dtype of `like` if that holds them exactly."""
@@ -118,6 +122,7 @@ def _rows_before(dropout, rows: slice, made: dict):
     if key not in made: made[key] = Rows(rows, dropout)
     return made[key]
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c022a1
 def _plan_layer(layer, rows: Sequence, like: torch.Tensor, made: dict):
     """What to change in one layer: (a dictionary of it, some entries now, those entries then), several.
     `made` keeps what layers of the same kind share."""
@@ -142,6 +147,7 @@ def _plan(layers, rows: Sequence, like: torch.Tensor) -> list[tuple[dict, dict, 
     return [change for layer in layers if not layer.disable_adapters
             for change in _plan_layer(layer, rows, like, made)]
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c022ba1
 @contextmanager
 def _carried_out(plan):
     try:
@@ -157,6 +163,7 @@ def _placed(model):
     there = next((p for p in model.parameters() if p.device.type != "meta"), None)
     return torch.empty(0, dtype=next(model.parameters()).dtype) if there is None else there
 
+# %% ../../nbs/2_machine/01_adapter_rows.ipynb #c024a1
 @contextmanager
 def adapter_rows(model,       # a denoiser or text encoder with LoRA adapters
                  scales,      # one for each row, or one for all: a number, or adapter → number (others 0)

@@ -25,6 +25,7 @@ def take_rows(value, pieces: Sequence[slice], rows: int):
     if isinstance(value, Mapping): return {k: take_rows(v, pieces, rows) for k, v in value.items()}
     return value
 
+# %% ../../nbs/2_machine/03_borders.ipynb #c033a1
 def repeat_rows(value, times: int, rows: int):
     "Every tensor with `rows` rows inside `value` `times` times over; see `take_rows`."
     return take_rows(value, [slice(0, rows)] * times, rows)
@@ -65,6 +66,7 @@ def _check_prompts(prompts: Mapping[str, PromptEmbeds], names: Sequence[str], ro
             f"the prompts have different numbers of tokens, {lengths}: pad them to one length, or "
                          "use max_rows=1")
 
+# %% ../../nbs/2_machine/03_borders.ipynb #c035a1
 def stack_prompts(prompts: Mapping[str, PromptEmbeds], names: Sequence[str], rows: int, like, pieces=None):
     """(hidden, pooled) of the named prompts, one below the other, `rows` rows each (or their pieces);
     pooled is None where one has none. ValueError where they do not fit."""
@@ -110,6 +112,7 @@ def _needs_pooled(pooled):
             "prompts: this UNet takes a pooled embedding with every prompt, PromptEmbeds(hidden, pooled)")
     return pooled
 
+# %% ../../nbs/2_machine/03_borders.ipynb #a009a1
 class SDXLBorder(Border):
     "Stable Diffusion XL: a pooled sentence and the picture's sizes in `added_cond_kwargs`."
     @classmethod
@@ -120,6 +123,7 @@ class SDXLBorder(Border):
     def say(cls, call, hidden, pooled, added):
         return super().say(call, hidden, pooled, {"text_embeds": _needs_pooled(pooled), **added})
 
+# %% ../../nbs/2_machine/03_borders.ipynb #a009a2
 class SD3Border(Border):
     """Stable Diffusion 3 and 3.5: a transformer that predicts a velocity; rules hold for it at fixed x_t
     and t."""
@@ -141,6 +145,7 @@ def border_of(model) -> type[Border]:
     raise ValueError(f"guided does not know how a {type(model).__name__} is called; known are "
                      f"{', '.join(b.__name__.removesuffix('Border') or 'SD15' for b in BORDERS)}")
 
+# %% ../../nbs/2_machine/03_borders.ipynb #a011a1
 def denoiser_of(pipe):
     "The denoiser of a pipeline: its UNet or its transformer."
     for name in dict.fromkeys(border.component for border in BORDERS):

@@ -13,6 +13,7 @@ def timestep_number(t) -> float:
     "A timestep as a number; where it lies on a GPU this waits for it."
     return float(t.flatten()[0] if isinstance(t, torch.Tensor) else t)
 
+# %% ../../nbs/2_machine/04_clock.ipynb #c038a1
 def position_in(t, timesteps, index: int | None) -> int | None:
     """Where in `timesteps` t stands, told without reading it (`index`: the scheduler's own); None: it
     cannot be."""

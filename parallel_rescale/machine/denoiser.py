@@ -47,6 +47,7 @@ def _largest(combined, sample, predictions) -> tuple:
     event.record()
     return sizes, event, list(predictions)
 
+# %% ../../nbs/2_machine/05_denoiser.ipynb #c043ba1
 def _check_finite(sizes, branches, rule, when: str):
     "FloatingPointError, naming the step and the branch, where the combination held NaN or infinite values."
     combined, sample, *predictions = map(math.isfinite, sizes.tolist())
@@ -189,6 +190,7 @@ class _Session(_Batch):
 def _counts_steps(rule) -> bool:
     return isinstance(rule, Every) and rule.k > 1 or hasattr(rule, "rule") and _counts_steps(rule.rule)
 
+# %% ../../nbs/2_machine/05_denoiser.ipynb #c047a1
 def checked_rows(max_rows, batched=None) -> int | None:
     "`max_rows`, a whole number >= 1 or None, also from the former argument `batched`."
     if batched is False:
@@ -198,6 +200,7 @@ def checked_rows(max_rows, batched=None) -> int | None:
         raise ValueError(f"max_rows must be a whole number >= 1 or None, got {max_rows!r}")
     return max_rows
 
+# %% ../../nbs/2_machine/05_denoiser.ipynb #c047a2
 def _check_arguments(unet, rule, scheduler):
     if not isinstance(unet, torch.nn.Module):
         raise ValueError(f"unet must be a UNet such as pipe.unet, got {type(unet).__name__}")

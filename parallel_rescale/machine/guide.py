@@ -30,6 +30,7 @@ def _loaded(pipe):
     model = denoiser_of(pipe)
     return _LOADED.setdefault(getattr(model, "_orig_mod", model), ({}, {}))
 
+# %% ../../nbs/2_machine/08_guide.ipynb #a003a1
 def subjects_of(pipe) -> dict[str, Subject]:
     "The subjects that are loaded into a pipeline's networks, by adapter name, the latest last."
     return _loaded(pipe)[0]
@@ -41,6 +42,7 @@ def subject_of(pipe) -> Subject | None:
 # %% ../../nbs/2_machine/08_guide.ipynb #c022
 def _encoders(pipe): return (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
 
+# %% ../../nbs/2_machine/08_guide.ipynb #c022a1
 def _check_tokens(pipe, subject, tokens, *rows):
     "ValueError where learned tokens do not fit the text encoders, or are words already."
     for row, (encoder, tokenizer) in zip(rows, _encoders(pipe)):
@@ -54,6 +56,7 @@ def _check_tokens(pipe, subject, tokens, *rows):
                 f"the token {min(known)!r} of the subject in {subject.folder} is in the tokenizer's "
                              "vocabulary already")
 
+# %% ../../nbs/2_machine/08_guide.ipynb #c022a2
 def _load_lora(pipe, folder, name):
     "As `pipe.load_lora_weights`, which warns about the text encoders where a file holds nothing for them."
     state, alphas, metadata = pipe.lora_state_dict(folder, weight_name=LORA_FILE,
@@ -76,6 +79,7 @@ def _load_words(pipe, tokens, *rows) -> list[str]:
     # of one token with several rows, diffusers names the further ones <dog>_1, <dog>_2, …
     return tokens + [f"{tokens[0]}_{i}" for i in range(1, len(rows[0]))]
 
+# %% ../../nbs/2_machine/08_guide.ipynb #c022ba1
 def load_subject(pipe, folder, name: str = "subject"):
     """Load a saved subject into an SDXL pipeline of any kind: its LoRA as adapter `name`, its learned tokens
     into both text encoders. Returns the pipeline.
@@ -118,6 +122,7 @@ def reads_adapted(rule, name: str) -> bool:
     "Whether any branch of a rule reads the prompt `name` with an adapter on."
     return any(b.adapted for b in rule.branches if b.prompt == name)
 
+# %% ../../nbs/2_machine/08_guide.ipynb #c016a1
 def for_base(pipe, text):
     "A text or texts with the loaded subjects' class nouns in place of their tokens and of `{subject}`."
     if not isinstance(text, str): return [for_base(pipe, t) for t in text]
@@ -125,6 +130,7 @@ def for_base(pipe, text):
     for s in subjects_of(pipe).values(): text = derive_base(text, s.token, s.class_noun)
     return text
 
+# %% ../../nbs/2_machine/08_guide.ipynb #c016a2
 def for_subject(pipe, text):
     "A text or texts with the subject's token in place of `{subject}`."
     if not isinstance(text, str): return [for_subject(pipe, t) for t in text]
@@ -138,6 +144,7 @@ def _check_names(rule, given, names):
         hint = hints.get(name, f"its prompts are {sorted(b.prompt for b in rule.branches)}")
         raise ValueError(f"prompts: {rule!r} does not take {name!r} from here; {hint}")
 
+# %% ../../nbs/2_machine/08_guide.ipynb #c016ba1
 def named_texts(pipe, rule, prompt, base_prompt=None, prompts=None, prompt_2=None, n=None) -> dict:
     """Name → (text, text for the second encoder or None) for the rule's prompts beyond null and subject.
     `prompt` may be None, for ready-made embeddings of `n` prompts; then the base prompt must be given."""

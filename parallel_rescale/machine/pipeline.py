@@ -72,6 +72,7 @@ def _null_sizes(pipe, call, dtype, device) -> dict:
     return {"time_ids": pipe._get_add_time_ids(size, crop or (0, 0), target, dtype=dtype,
                                                text_encoder_projection_dim=dim).to(device)}
 
+# %% ../../nbs/2_machine/09_pipeline.ipynb #c018a1
 def _null_image(pipe, call, rows, device) -> dict:
     "An IP-Adapter's empty image, for the null prompt; in `call` remains the image itself."
     image, embeds = call.get("ip_adapter_image"), call.get("ip_adapter_image_embeds")
@@ -103,6 +104,7 @@ def _check_guidance(guidance, **arguments):
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance must be a rule such as ParallelRescale(), got {guidance!r}")
 
+# %% ../../nbs/2_machine/09_pipeline.ipynb #c020aa1
 def default_rows(pipe) -> int | None:
     """Rows in one call of the network where nothing else is asked for: 16 at SDXL's size, all on smaller
     models."""

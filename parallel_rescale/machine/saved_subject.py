@@ -28,6 +28,7 @@ def base_signature(unet) -> dict:
     "The sizes of a UNet that decide whether an adapter fits it, as JSON-ready values."
     return json.loads(json.dumps({name: unet.config.get(name) for name in _SIZES}))
 
+# %% ../../nbs/2_machine/06_saved_subject.ipynb #c010a1
 def check_base(subject: "Subject", unet, name: str) -> None:
     """ValueError, naming both models, where `subject` was made for another kind of UNet than `unet` of
     the model `name`."""
@@ -192,6 +193,7 @@ def _check_weights(folder: Path) -> None:
         except Exception as error:
             raise ValueError(f"{file}: cannot be read as safetensors ({error}); it may be cut off") from None
 
+# %% ../../nbs/2_machine/06_saved_subject.ipynb #c022a1
 def _note_of(folder: Path) -> Path:
     "The folder's subject.json, after a look at what lies beside it."
     if not folder.is_dir(): raise FileNotFoundError(f"subject: there is no folder {folder}")
