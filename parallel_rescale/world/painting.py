@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawing import _blur, _draw, _edges, _reduce, _XX, _YY, W
-from .scenes import _rgb, PLACES, SCALE, SIZE, WEATHERS
+from .drawing import _blur, _draw, _edges, _noise, _panes, _reduce, _warp, _XX, _YY, W
+from .scenes import _rgb, PLACES, SIZE, WEATHERS
 from .shapes import box, ellipse, ribbon, ring, star
 
 # %% ../../nbs/4_world/08_painting.ipynb #c043
@@ -33,9 +33,9 @@ def _scene_plain(rng):
     c = _rgb(rng.random(), rng.uniform(.04, .3), rng.uniform(.78, .96))
     return c*1.06, c*.88, []
 
+# %% ../../nbs/4_world/08_painting.ipynb #x001
 def _scene_beach(rng):
-    h = rng.uniform(.42, .56)
-    sx = rng.uniform(.1, .9)
+    h, sx = rng.uniform(.42, .56), rng.uniform(.1, .9)
     sail = [((.98, .98, .98), [(sx, h-.26), (sx, h-.05), (sx+.15, h-.05)]),
             ((.75, .3, .2), [(sx-.09, h-.04), (sx+.17, h-.04), (sx+.1, h+.03), (sx-.03, h+.03)])]
     shapes = [((.12, .55, .75), box(-.02, h, 1.02, 1.02)), *sail,
@@ -44,29 +44,30 @@ def _scene_beach(rng):
     x = rng.uniform(.06, .94); shapes.append(((.95, .45, .35), star(x, .93, .055, .5)))
     return (.42, .74, .98), (.82, .94, 1.), shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x002
 def _scene_snow(rng):
     h = rng.uniform(.45, .6); shapes = []
     for x in (rng.uniform(.03, .16), rng.uniform(.84, .97)):
         for k in range(3):
-            shapes.append(((.25, .5+.04*k, .47), [(x-.13+.025*k, h+.1-.14*k), (x+.13-.025*k, h+.1-.14*k),
-                                                  (x, h-.14-.14*k)]))
+            left, right, foot = x-.13+.025*k, x+.13-.025*k, h+.1-.14*k
+            shapes.append(((.25, .5+.04*k, .47), [(left, foot), (right, foot), (x, h-.14-.14*k)]))
     shapes.append(((.95, .97, 1.), _ground(h+.05, rng, 1., .04)))
     for i in range(12):
-        shapes.append(((1., 1., 1.), ellipse((i % 4 + rng.uniform(.2, .8))/4,
-                                             (i//4 + rng.uniform(.2, .8))/3.4, .026, n=12)))
+        x, y = (i % 4 + rng.uniform(.2, .8))/4, (i//4 + rng.uniform(.2, .8))/3.4
+        shapes.append(((1., 1., 1.), ellipse(x, y, .026, n=12)))
     return (.55, .63, .76), (.78, .83, .9), shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x003
 def _scene_grass(rng):
     h = rng.uniform(.42, .56); cx = rng.uniform(.15, .85)
-    shapes = [((1., 1., 1.), np.concatenate([ellipse(cx-.1, .16, .07, .055, 90, 270, 10),
-                                                 ellipse(cx, .12, .09, .07, 200, 340, 10),
-                                             ellipse(cx+.1, .16, .07, .055, -90, 90, 10)])),
+    cloud = [ellipse(cx-.1, .16, .07, .055, 90, 270, 10), ellipse(cx, .12, .09, .07, 200, 340, 10),
+             ellipse(cx+.1, .16, .07, .055, -90, 90, 10)]
+    shapes = [((1., 1., 1.), np.concatenate(cloud)),
               ((.36, .72, .28), _ground(h, rng, 1., .03))]
     for i in range(7):
         x, y = (i + rng.uniform(.2, .8))/7, rng.uniform(h+.14, .98)
-        shapes.append(((.27, .61, .23),
-                       [(x-.08, y), (x-.1, y-.11), (x-.03, y-.03), (x, y-.16), (x+.03, y-.03),
-                        (x+.1, y-.11), (x+.08, y)]))
+        tuft = [(-.08, 0), (-.1, -.11), (-.03, -.03), (0, -.16), (.03, -.03), (.1, -.11), (.08, 0)]
+        shapes.append(((.27, .61, .23), [(x+dx, y+dy) for dx, dy in tuft]))
     for x in (rng.uniform(.04, .2), rng.uniform(.8, .96)):
         y = rng.uniform(h+.2, .94)
         shapes += [((.98, .55, .75), star(x, y, .06, .6)), ((1., .9, .3), ellipse(x, y, .02, n=10))]
@@ -85,6 +86,7 @@ def _scene_night(rng):
     shapes.append(((.1, .1, .25), _ground(rng.uniform(.82, .88), rng, 1., .03)))
     return (.05, .05, .2), (.2, .15, .42), shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x004
 def _scene_brick(rng):
     shapes = []; h, w = 1/5, 1/2.5; off = rng.random(); tone = rng.uniform(.92, 1.06)
     for j in range(7):
@@ -94,6 +96,7 @@ def _scene_brick(rng):
                            box(x+.012, y+.012, x+w-.012, y+h-.012)))
     return (.8, .56, .47), (.8, .56, .47), shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x005
 def _scene_city(rng):
     shapes = []; x = -rng.uniform(0, .1)
     while x < 1:
@@ -105,25 +108,26 @@ def _scene_city(rng):
     shapes += [((.33, .32, .38), box(-.02, .86, 1.02, 1.02))]
     return (.98, .62, .5), (1., .85, .6), shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x006
 def _scene_underwater(rng):
     shapes = [((.8, .78, .58), _ground(rng.uniform(.84, .9), rng, 1.5, .02))]
     for x in (rng.uniform(.03, .12), rng.uniform(.16, .24), rng.uniform(.78, .86), rng.uniform(.9, .97)):
-        t = np.linspace(0, 1, 12); top = rng.uniform(.35, .55)
-        shapes.append(((.1, .55+.1*rng.random(), .36),
-                       ribbon(np.stack([x + .03*np.sin(9*t + x*9), .97 - (.97-top)*t], -1), .027)))
+        t, top = np.linspace(0, 1, 12), rng.uniform(.35, .55)
+        weed = np.stack([x + .03*np.sin(9*t + x*9), .97 - (.97-top)*t], -1)
+        shapes.append(((.1, .55+.1*rng.random(), .36), ribbon(weed, .027)))
     for i in range(6):
         x, y, r = (i + rng.uniform(.2, .8))/6, rng.uniform(.06, .45), rng.uniform(.035, .055)
         shapes += [((.72, .93, .97), ellipse(x, y, r, n=16)), ((.3, .72, .82), ellipse(x, y, r*.6, n=12))]
     return (.15, .68, .78), (.04, .35, .58), shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x007
 _SCENES = dict(plain=_scene_plain, beach=_scene_beach, snow=_scene_snow, grass=_scene_grass,
                night=_scene_night, brick=_scene_brick, city=_scene_city, underwater=_scene_underwater)
 
 # %% ../../nbs/4_world/08_painting.ipynb #c046
 def _cloud(x, y, rgb):
-    return [(rgb, np.concatenate([ellipse(x-.13, y+.02, .09, .07, 90, 270, 10),
-                                  ellipse(x, y-.03, .13, .1, 190, 350, 12),
-                                  ellipse(x+.14, y+.02, .09, .07, -90, 90, 10)]))]
+    left, middle = ellipse(x-.13, y+.02, .09, .07, 90, 270, 10), ellipse(x, y-.03, .13, .1, 190, 350, 12)
+    return [(rgb, np.concatenate([left, middle, ellipse(x+.14, y+.02, .09, .07, -90, 90, 10)]))]
 
 def _weather_rain(rng):
     shapes = []
@@ -133,6 +137,7 @@ def _weather_rain(rng):
     for x in (rng.uniform(.1, .3), rng.uniform(.68, .9)): shapes += _cloud(x, .1, (.62, .66, .74))
     return shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x008
 def _weather_storm(rng):
     x = rng.choice([rng.uniform(.16, .28), rng.uniform(.72, .84)])
     bolt = np.array([(.0, .0), (.12, .0), (.04, .17), (.13, .17), (-.08, .46), (-.01, .25), (-.09, .25)])
@@ -141,6 +146,7 @@ def _weather_storm(rng):
         shapes += _cloud(cx, .09, (.3, .31, .4))
     return shapes
 
+# %% ../../nbs/4_world/08_painting.ipynb #x009
 def _weather_rainbow(rng):
     x, y, r = rng.uniform(.42, .58), rng.uniform(.68, .76), .62
     bands = ((.93, .2, .2), (1., .6, .15), (1., .92, .25), (.25, .75, .35), (.25, .45, .95), (.6, .3, .85))
@@ -150,18 +156,18 @@ def _weather_sun(rng):
     x, y = rng.choice([rng.uniform(.13, .2), rng.uniform(.8, .87)]), rng.uniform(.14, .19)
     return [((1., .72, .1), star(x, y, .19, .66, 10)), ((1., .93, .35), ellipse(x, y, .1))]
 
+# %% ../../nbs/4_world/08_painting.ipynb #x010
 def _weather_fireworks(rng):
     shapes = []; hues = rng.random() + np.array([0, .33, .66])
     for x, y, hue in zip((rng.uniform(.12, .22), rng.uniform(.45, .55), rng.uniform(.78, .88)),
                          rng.uniform(.12, .24, 3), hues):
         rays = [np.array((math.cos(t), math.sin(t))) for t in np.arange(8)*math.pi/4 + rng.random()]
-        shapes += [(_rgb(hue, .75, 1.), ribbon([r*.045 + (x, y), r*.1 + (x, y), r*.155 + (x, y)],
-                                               [.007, .013, .02])) for r in rays]
+        shapes += [(_rgb(hue, .75, 1.), ribbon([r*k + (x, y) for k in (.045, .1, .155)], [.007, .013, .02]))
+                   for r in rays]
     return shapes
 
 _WEATHERS = dict(none=lambda rng: [], rain=_weather_rain, storm=_weather_storm, rainbow=_weather_rainbow,
-                 sun=_weather_sun,
-                 fireworks=_weather_fireworks)
+                 sun=_weather_sun, fireworks=_weather_fireworks)
 
 # %% ../../nbs/4_world/08_painting.ipynb #c047
 @lru_cache(maxsize=None)
@@ -175,35 +181,8 @@ def _scene(place, weather, variant):
         q = [tuple(p) for p in (np.asarray(points)*W).tolist()]
         draw_colour.polygon(q, fill=tuple(int(np.clip(c, 0, 1)*255) for c in rgb))
         draw_ids.polygon(q, fill=1 + i % 250)
-    return tuple((a*255 + .5).astype(np.uint8) for a in (_reduce(np.asarray(colour)),
-        _edges(np.asarray(ids))))
-
-# %% ../../nbs/4_world/08_painting.ipynb #c049
-@lru_cache(maxsize=None)
-def _noise(cells, variant):
-    "Smooth noise in 0..1 with `cells` bumps across: [SIZE, SIZE]."
-    a = np.random.default_rng([77, cells, variant]).random((cells, cells))
-    return np.asarray(Image.fromarray((a*255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC),
-                      np.float32) / 255
-
-@lru_cache(maxsize=None)
-def _warp(variant):
-    "A hand's wobble: index arrays that displace a [W, W] map by up to about two pixels of the picture."
-    yy, xx = np.mgrid[0:W, 0:W]; rng = np.random.default_rng([78, variant]); shift = []
-    for _ in range(2):
-        a = Image.fromarray((rng.random((6, 6))*255).astype(np.uint8)).resize((W, W), Image.BICUBIC)
-        shift.append((np.asarray(a, np.float32)/255 - .5) * 13)
-    return tuple(np.clip(g + s.round().astype(int), 0, W-1) for g, s in zip((yy, xx), shift))
-
-@lru_cache(maxsize=None)
-def _panes(variant, n=5):
-    "Voronoi panes of a window: labels [SIZE, SIZE] and the leads between them [SIZE, SIZE]."
-    rng = np.random.default_rng([79, variant]); yy, xx = np.mgrid[0:W, 0:W]
-    grid = np.stack(np.meshgrid(np.arange(-1, n+1), np.arange(-1, n+1)), -1).reshape(-1, 2)
-    points = (grid + .5 + rng.uniform(-.32, .32, grid.shape)) * W/n
-    d = (xx[..., None]-points[:, 0])**2 + (yy[..., None]-points[:, 1])**2
-    labels = d.argmin(-1)
-    return labels[SCALE//2::SCALE, SCALE//2::SCALE], _edges(labels, 2)
+    pictures = _reduce(np.asarray(colour)), _edges(np.asarray(ids))
+    return tuple((a*255 + .5).astype(np.uint8) for a in pictures)
 
 # %% ../../nbs/4_world/08_painting.ipynb #c050
 def _over(back, front, alpha):
@@ -216,6 +195,7 @@ def _light(colour):
     top, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
     return np.where(top - low < .12, .75 + .2*top, (colour - .75*low) / (top - .75*low + 1e-3))
 
+# %% ../../nbs/4_world/08_painting.ipynb #x015
 _HATCH = .5 + .5*np.sin(2*math.pi*(_XX + _YY)/9)
 _SCRIBBLE = .5 + .5*np.sin(2*math.pi*(_XX - 1.4*_YY)/11)
 
@@ -226,6 +206,7 @@ def _photo(obj, scene, rng):
     body = obj.colour * (1.02 + .5*relief - .1*(_YY/SIZE - .5))[..., None] * (1 - .35*obj.lines[..., None])
     return _over(back, np.clip(body, 0, 1), obj.mask) * rng.uniform(.94, 1.05)
 
+# %% ../../nbs/4_world/08_painting.ipynb #x016
 def _sketch(obj, scene, rng):
     dark = 1 - obj.colour @ np.array([.3, .59, .11], np.float32)
     shade = np.clip(dark*1.2 - .15, 0, 1) * (.35 + .65*_HATCH) * .45
@@ -236,6 +217,7 @@ def _sketch(obj, scene, rng):
     return _over(_over(grey, tinted, obj.mask), np.array([.2, .2, .23], np.float32),
                  np.clip(obj.lines*1.15, 0, 1)*.85)
 
+# %% ../../nbs/4_world/08_painting.ipynb #x017
 def _pixel(obj, scene, rng):
     blocks = lambda a: a.reshape(SIZE//2, 2, SIZE//2, 2, -1).mean((1, 3))
     mask = blocks(obj.mask)[..., 0] > .5
@@ -245,6 +227,7 @@ def _pixel(obj, scene, rng):
     a[outline] = (.12, .1, .2)
     return a.repeat(2, 0).repeat(2, 1)
 
+# %% ../../nbs/4_world/08_painting.ipynb #x018
 def _neon(obj, scene, rng):
     wall = np.array([.06, .03, .12], np.float32) + .04*_noise(4, rng.integers(VARIANTS))[..., None]
     far = scene[1]*(1-obj.mask)
@@ -257,11 +240,12 @@ def _neon(obj, scene, rng):
 def _watercolor(obj, scene, rng):
     a = _over(scene[0], obj.colour, obj.mask)
     a = 1 - (1-a)*.76
-    a = a*(1 - .5*obj.lines[..., None])*(1 - .12*scene[1]*(1-obj.mask))[...,
-        None] + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
+    grain = (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
+    a = a*(1 - .5*obj.lines[..., None])*(1 - .12*scene[1]*(1-obj.mask))[..., None] + grain
     edge = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))/SIZE + .09*(_noise(8, rng.integers(VARIANTS)) - .5)
     return _over(np.full_like(a, .98), a, np.clip((.45-edge)/.04, 0, 1))
 
+# %% ../../nbs/4_world/08_painting.ipynb #x019
 def _blueprint(obj, scene, rng):
     paper = np.array([.09, .27, .64], np.float32) + .04*(_noise(4, rng.integers(VARIANTS)) - .5)[..., None]
     grid = ((_XX % 16 < 1) | (_YY % 16 < 1))*.06
@@ -272,6 +256,7 @@ def _blueprint(obj, scene, rng):
     d = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))
     return _over(a, np.array([.9, .95, 1.], np.float32), (np.abs(d-29) < 1)*.8)
 
+# %% ../../nbs/4_world/08_painting.ipynb #x020
 def _glass(obj, scene, rng):
     v = rng.integers(VARIANTS); labels, leads = _panes(int(v))
     key = labels.ravel(); count = np.bincount(key, minlength=64) + 1e-3
@@ -285,6 +270,7 @@ def _glass(obj, scene, rng):
     lead = np.maximum(leads*(1-obj.mask), np.clip(obj.lines, 0, 1))
     return _over(a, np.array([.1, .1, .12], np.float32), lead*.85)
 
+# %% ../../nbs/4_world/08_painting.ipynb #x021
 def _crayon(obj, scene, rng):
     paper = np.full((SIZE, SIZE, 3), .97, np.float32)
     wax = np.clip(.3 + .35*_SCRIBBLE + .3*_noise(7, rng.integers(VARIANTS)), 0, 1)
@@ -295,6 +281,7 @@ def _crayon(obj, scene, rng):
     a = _over(a, obj.colour, obj.mask*np.clip(.5 + .55*_HATCH[::-1], 0, 1))
     return _over(a, obj.colour*.45, np.clip(obj.lines*1.3, 0, 1)*.9)
 
+# %% ../../nbs/4_world/08_painting.ipynb #x022
 _RENDERERS = dict(photo=_photo, sketch=_sketch, pixel=_pixel, neon=_neon,
                   watercolor=_watercolor, blueprint=_blueprint, glass=_glass, crayon=_crayon)
 

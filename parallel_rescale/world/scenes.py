@@ -28,8 +28,7 @@ SIDES = ('left', 'right')                                  # where the companion
 PATTERNS = ('none', 'vertical stripes', 'horizontal stripes', 'dots')
 EMBLEMS = ('none', 'star', 'heart', 'moon')
 ATTRIBUTES = dict(cls=CLASSES, style=STYLES, place=PLACES, weather=WEATHERS, accessory=ACCESSORIES,
-                  colour=COLOURS,
-                  doing=DOINGS, companion=COMPANIONS, side=SIDES, other=('none', *CLASSES))
+                  colour=COLOURS, doing=DOINGS, companion=COMPANIONS, side=SIDES, other=('none', *CLASSES))
 COLOUR_RGB = dict(red=(.9, .12, .12), yellow=(1., .86, .12), green=(.16, .68, .24), blue=(.14, .36, .92),
                   purple=(.54, .2, .78), pink=(1., .55, .76))
 # a picture is SIZE x SIZE, averaged from SCALE times as many
@@ -58,6 +57,7 @@ class Instance:
         check_name('pattern', self.pattern, PATTERNS)
         check_name('emblem', self.emblem, EMBLEMS)
 
+# %% ../../nbs/4_world/05_scenes.ipynb #c009b
 @dataclass(frozen=True)
 class Pose:
     "How a picture departs from its standard layout; also the look of what nobody asked for."
@@ -68,11 +68,11 @@ class Pose:
     rotation: float = 0.  # degrees, clockwise
     hue: float = 0.       # colour of the accessory and of ball, balloon, gift
 
+# %% ../../nbs/4_world/05_scenes.ipynb #c009d
 def random_pose(rng):
     "A random `Pose`: near the middle, nine tenths to eleven tenths of the size, upright within 10 degrees."
     return Pose(rng.uniform(-.07, .07), rng.uniform(-.05, .05), rng.uniform(.9, 1.08),
-                bool(rng.random() < .5),
-                float(np.clip(rng.normal(0, 4), -10, 10)), rng.random())
+                bool(rng.random() < .5), float(np.clip(rng.normal(0, 4), -10, 10)), rng.random())
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c010
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class Scene:
         for name, known in ATTRIBUTES.items():
             if name not in ('cls', 'other'): check_name(name, getattr(self, name), known)
         if self.other is not None and self.companion != 'none':
-            raise ValueError(
-                f"companion: {self.companion!r} and a second subject do not fit into one picture")
+            raise ValueError(f"companion: {self.companion!r} and a second subject do not fit in one picture")
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c013
 def _rgb(hue, sat, val): return np.array(colorsys.hsv_to_rgb(hue % 1, sat, val), np.float32)
@@ -110,15 +109,6 @@ def body_colours(instance, colour='none'):
     body = np.array(COLOUR_RGB[check_name('colour', colour, COLOURS)], np.float32)
     trims = (own[1], np.array([1., .96, .82], np.float32), np.array([.12, .13, .35], np.float32))
     return np.stack([body, next(t for t in trims if np.linalg.norm(t - body) > .5)])
-
-def _draw_instance(rng, cls):
-    "One unrestricted draw; colours are redrawn until the two can be told apart."
-    while True:
-        inst = Instance(cls, rng.random(), rng.uniform(.55, 1), rng.uniform(.6, 1),
-                        rng.random(), rng.uniform(.3, 1), rng.uniform(.35, 1),
-                        PATTERNS[rng.integers(len(PATTERNS))], rng.random(), rng.random(), rng.random(),
-                        EMBLEMS[rng.integers(len(EMBLEMS))], rng.random())
-        if np.linalg.norm(np.subtract(*body_colours(inst))) > .5: return inst
 
 # %% ../../nbs/4_world/05_scenes.ipynb #c014
 SUBJECTS = {
@@ -141,12 +131,24 @@ SUBJECTS = {
                                   'none', 0.),
 }
 
+# %% ../../nbs/4_world/05_scenes.ipynb #c014b
+def _draw_instance(rng, cls):
+    "One unrestricted draw; colours are redrawn until the two can be told apart."
+    while True:
+        inst = Instance(cls, rng.random(), rng.uniform(.55, 1), rng.uniform(.6, 1),
+                        rng.random(), rng.uniform(.3, 1), rng.uniform(.35, 1),
+                        PATTERNS[rng.integers(len(PATTERNS))], rng.random(), rng.random(), rng.random(),
+                        EMBLEMS[rng.integers(len(EMBLEMS))], rng.random())
+        if np.linalg.norm(np.subtract(*body_colours(inst))) > .5: return inst
+
+# %% ../../nbs/4_world/05_scenes.ipynb #c014x
 def is_near(a, b):
     "Whether two instances could be confused: same class, body colours within .35, same pattern or emblem."
     if a.cls != b.cls: return False
     alike = a.pattern == b.pattern or a.emblem == b.emblem
     return alike and float(np.linalg.norm(body_colours(a)[0] - body_colours(b)[0])) < .35
 
+# %% ../../nbs/4_world/05_scenes.ipynb #c014d
 def random_instance(rng, cls=None):
     "A random `Instance` (of class `cls`, if given) that is near none of the held-out `SUBJECTS`."
     cls = CLASSES[rng.integers(len(CLASSES))] if cls is None else check_name('class', cls, CLASSES)
