@@ -58,8 +58,9 @@ def quietly():
     from transformers.utils import logging as theirs
     lora = logging.getLogger("diffusers.loaders.lora_base")
     bars = [lib for lib in (ours, theirs) if lib.is_progress_bar_enabled()]
-    level = lora.level
+    level, verbosity = lora.level, theirs.get_verbosity()
     lora.setLevel(logging.ERROR)        # that a subject has no LoRA for the text encoders
+    theirs.set_verbosity_error()        # on packages that could be installed too
     for lib in bars: lib.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -68,4 +69,5 @@ def quietly():
             yield
     finally:
         lora.setLevel(level)
+        theirs.set_verbosity(verbosity)
         for lib in bars: lib.enable_progress_bar()
