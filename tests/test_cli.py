@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from parallel_rescale import cli
+from parallel_rescale.use import cli
 from parallel_rescale.world.tinyworld import reference_set
 
 STEPS = ["--steps", "2"]

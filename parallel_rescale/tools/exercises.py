@@ -9,17 +9,17 @@ __all__ = ['OPEN', 'is_open', 'attempt', 'exercise', 'know_exercises']
 import ast
 
 # %% ../../nbs/0_tools/04_exercises.ipynb #x005
-def is_open(source: str # of a cell
-           ) -> bool:
-    """Whether a `...` still stands for something to be written; those of an index do not count.
-    SyntaxError where the source has one."""
+def is_open(source: str) -> bool:
+    """Whether a `...` still stands in a cell's source for something to be written; those of an index do
+    not count. SyntaxError where the source has one."""
     tree = ast.parse(source)
     indices = {id(n) for s in ast.walk(tree) if isinstance(s, ast.Subscript) for n in ast.walk(s.slice)}
     return any(isinstance(n, ast.Constant) and n.value is ... and id(n) not in indices
                for n in ast.walk(tree))
 
 # %% ../../nbs/0_tools/04_exercises.ipynb #x008
-OPEN = "Still open: put your answer in the place of ... and run this cell again. The solution is folded below."
+OPEN = ("Still open: put your answer in the place of ... and run this cell again. "
+        "The solution is folded below.")
 
 def _values(expression, names):
     "What the names in an expression stand for, as far as it is short: 'a = 3, b = 4'."
@@ -32,9 +32,10 @@ def _wrong(statement, error, names):
     if not (isinstance(error, AssertionError) and isinstance(statement, ast.Assert)):
         return f"Not yet: {type(error).__name__}: {error}\n    {ast.unparse(statement).splitlines()[0]}"
     seen = _values(statement.test, names)
-    return f"Not yet. This should hold:\n    {ast.unparse(statement.test)}" + (f"\nbut here {seen}" if seen
-        else "")
+    but = f"\nbut here {seen}" if seen else ""
+    return f"Not yet. This should hold:\n    {ast.unparse(statement.test)}{but}"
 
+# %% ../../nbs/0_tools/04_exercises.ipynb #x008a
 def _run(statement, names, show):
     "Run one statement in `names`, and show the value of an expression as a notebook does."
     if not isinstance(statement, ast.Expr):
@@ -43,11 +44,12 @@ def _run(statement, names, show):
         show(value)
 
 # %% ../../nbs/0_tools/04_exercises.ipynb #x009
-def attempt(source: str, # of a cell
-            names: dict, # in which it runs, and which it changes
-            show=print, # called with the value of an expression
-           ) -> str: # what to tell its author; empty where nothing is to be said
-    "Run an exercise's cell. Errors of the cell become words; nothing of it is run while it is open."
+def attempt(source: str,   # of a cell
+            names: dict,   # in which it runs, and which it changes
+            show=print,    # called with the value of an expression
+           ) -> str:
+    """Run an exercise's cell; what to tell its author, empty where nothing is to be said. Errors of the
+    cell become words; nothing of it is run while it is open."""
     try: tree = ast.parse(source)
     except SyntaxError as error: return f"Not yet: line {error.lineno} is not Python: {error.msg}"
     if is_open(source): return OPEN

@@ -38,10 +38,9 @@ def write_json(path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 # %% ../../nbs/0_tools/01_util.ipynb #u011
-def default_device(asked: str
-                   | None = None # "cuda", "cuda:1", "mps" or "cpu"; None: CUDA where there is one, else the CPU
-                  ) -> str:
-    "The device to run on. ValueError where the one asked for is not there."
+def default_device(asked: str | None = None) -> str:
+    """The device to run on: "cuda", "cuda:1", "mps" or "cpu"; None: CUDA where there is one, else the CPU.
+    ValueError where the one asked for is not there."""
     import torch
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if asked is None: return "cuda" if there["cuda"] else "cpu"
@@ -64,11 +63,11 @@ def quietly():
     "Inside, loading makes no remarks and shows no bars."
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
-    lora, bars = logging.getLogger("diffusers.loaders.lora_base"), [lib for lib in (ours, theirs)
-        if lib.is_progress_bar_enabled()]
-    level = lora.level
-    # that a subject has no LoRA for the text encoders
-    lora.setLevel(logging.ERROR)
+    lora = logging.getLogger("diffusers.loaders.lora_base")
+    bars = [lib for lib in (ours, theirs) if lib.is_progress_bar_enabled()]
+    level, verbosity = lora.level, theirs.get_verbosity()
+    lora.setLevel(logging.ERROR)        # that a subject has no LoRA for the text encoders
+    theirs.set_verbosity_error()        # on packages that could be installed too
     for lib in bars: lib.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -77,4 +76,5 @@ def quietly():
             yield
     finally:
         lora.setLevel(level)
+        theirs.set_verbosity(verbosity)
         for lib in bars: lib.enable_progress_bar()
