@@ -17,7 +17,7 @@ def derive_base(prompt: str,      # "a <dog> in the snow"
                 token: str,       # "<dog>"
                 class_noun: str,  # "dog"
                ) -> str:
-    """The prompt with the class noun in place of the token: "a dog in the snow"; without it, the prompt itself.
+    """The prompt with the class noun in place of the token: "a dog in the snow"; without it, the prompt.
 
     "a sks dog", the token beside its noun, gives "a dog". An article right before the token is fitted to the
     noun's first letter (a/an by aeiou, so "hour" and "unicorn" come out wrong)."""

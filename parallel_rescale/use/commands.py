@@ -9,7 +9,6 @@ __all__ = ['EMPTY', 'DEFAULT_RULES', 'SHARED', 'DRAWING', 'PICTURES', 'sentence'
 # %% ../../nbs/6_use/04_commands.ipynb #k002
 import functools, inspect, warnings
 from dataclasses import MISSING
-from pathlib import Path
 from typing import Annotated, Optional, get_args, get_origin
 
 import typer
@@ -92,7 +91,11 @@ SHARED = {o.name: o for o in [
            "Default: float16 for SDXL on a GPU, else float32."),
     option("batch_size", int, 4, "Pictures drawn at a time.", min=1),
     option("max_rows", int, None, "Rows (pictures × predictions) in one UNet call: fewer need less memory. "
-           "Default: all.", min=1),
+           "Default: 16 at SDXL's size, all on smaller models.", min=1),
+    option("variant", str, None, "Of the base's files: fp16 is half the download. "
+           "This and the next two: as the subject was made with, unless told."),
+    option("revision", str, None, "Of a base on the Hub: a branch, tag or commit."),
+    option("vae", str, None, "Another VAE than the base's own: a folder or a Hub name."),
 ]}
 
 # %% ../../nbs/6_use/04_commands.ipynb #k018
@@ -115,7 +118,8 @@ def shared(*names, **defaults) -> list:
     "Options of `SHARED` by name; `defaults`: what is their default in this command."
     return [SHARED[n].replace(default=defaults.get(n, SHARED[n].default)) for n in names]
 
-DRAWING = ("steps", "negative_prompt", "base", "device", "dtype", "batch_size", "max_rows")
+DRAWING = ("steps", "negative_prompt", "base", "device", "dtype", "batch_size", "max_rows", "variant", "revision",
+           "vae")
 PICTURES = (*DRAWING, "base_prompt", "width", "height", "one_by_one", "seed", "overwrite")
 
 # %% ../../nbs/6_use/04_commands.ipynb #k022

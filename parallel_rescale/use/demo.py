@@ -27,7 +27,7 @@ from ..subject.finetuning import finetune
 from ..subject.references import as_references, reference_table
 from ..tools.embedded import TINY_SDXL
 from ..tools.plot import image_grid, plot_ratio
-from ..tools.util import PACKAGE, check_name, default_device
+from ..tools.util import check_name, default_device
 from ..world.tinyworld import (SUBJECTS, caption, random_pose, reference_set, render,
                                               with_article)
 

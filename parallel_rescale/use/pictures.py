@@ -50,17 +50,18 @@ def pipeline_of(subject,      # a saved subject's folder
                 base=None,    # default: the model it was made for
                 device=None,  # default: CUDA where there is one, else the CPU
                 dtype=None,   # one of float32, float16, bfloat16
+                **files,      # variant, revision, vae of the base; by default as the subject was made with
                ):
     "The `SubjectPipeline` of a saved subject, ready to draw."
     subject = Subject.load(subject)
     base = str(base or subject.base)
-    unet_config(base)        # one clear error where it is no SDXL model
+    made_with = dict(subject.base_options, vae=subject.vae) if base == subject.base else {}
+    files = made_with | {name: value for name, value in files.items() if value is not None}
+    unet_config(base, files.get("revision"))        # one clear error where it is no SDXL model
     device = default_device(device)
     half = "float16" if device.startswith("cuda") and base != TINY_SDXL else "float32"
     check_name("dtype", dtype or half, _DTYPES)
-    # as it was loaded when the subject was made
-    asked = {} if base != subject.base else dict(subject.base_options, vae=subject.vae)
-    return load_pipeline(base, device, dtype or half, **asked).load_subject(subject.folder)
+    return load_pipeline(base, device, dtype or half, **files).load_subject(subject.folder)
 
 # %% ../../nbs/6_use/02_pictures.ipynb #p014
 def seeds_of(seed, n):
@@ -92,10 +93,10 @@ def parse_rules(texts) -> list:
 
 # %% ../../nbs/6_use/02_pictures.ipynb #p021
 def columns_of(subject, prompt, rules, seeds, steps=30, base=None, device=None, dtype=None, one_by_one=False,
-               max_rows=None, **options) -> tuple[str, list]:
+               max_rows=None, variant=None, revision=None, vae=None, **options) -> tuple[str, list]:
     """(The prompt with the saved subject's token, a list of pictures for each rule): one prompt, a picture
     for each seed. `one_by_one`: a rule's branches one after the other."""
-    pipe = pipeline_of(subject, base, device, dtype)
+    pipe = pipeline_of(subject, base, device, dtype, variant=variant, revision=revision, vae=vae)
     prompt = subject_prompt(prompt, pipe.subject.token)
     options |= dict(num_inference_steps=steps, max_rows=1 if one_by_one else max_rows)
     return prompt, [generate(pipe, [prompt] * len(seeds), seeds, rule, **options) for rule in rules]
