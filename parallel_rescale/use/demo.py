@@ -23,7 +23,8 @@ from ..method.rules import CFG, ConsistencyGuidance, ParallelRescale
 from ..evidence.scorers import Prompt, References, score
 from ..evidence.world_scorers import JudgeScorer
 from ..tools.plot import image_grid, plot_ratio
-from ..subject.references import as_references, reference_table
+from ..subject.backgrounds import reference_table
+from ..subject.references import as_references
 from ..tools.embedded import TINY_SDXL
 from ..tools.util import default_device
 from ..tools.util import check_name
