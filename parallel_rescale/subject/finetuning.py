@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .adapters import add_lora, add_token, check_words, embed, flatten, load_adapter
 from .adapters import load_base, mean_norm
-from .checkpoints import append_log, check_output, CHECKPOINT, clear_output, cut_log
+from .checkpoints import append_log, check_output, CHECKPOINT, clear_output, truncate_log
 from .checkpoints import find_checkpoint, interruptible, read_state, restore
 from .checkpoints import SETTINGS
 from .checkpoints import warn_about_versions, write_checkpoint
@@ -235,7 +235,7 @@ def prepare_output(run, checkpoint=None):
     if run.accelerator.is_main_process:
         if s.overwrite and checkpoint is None: clear_output(output)
         output.mkdir(parents=True, exist_ok=True)
-        cut_log(output, int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else 0)
+        truncate_log(output, int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else 0)
         write_json(output/SETTINGS, saved_settings(s))
         sizes = {r.image.size for r in run.references}
         if sizes != {(s.resolution, s.resolution)}:

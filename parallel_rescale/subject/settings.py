@@ -34,7 +34,7 @@ class Settings:
         "folder for the result, see `Subject`", resume='free', alias='output_dir')
     base: str | Path = setting(
         "the base model, an SDXL in diffusers format: a folder or a Hub name", TINY_SDXL,
-                               noted=True, alias='pretrained_model_name_or_path')
+        noted=True, alias='pretrained_model_name_or_path')
     variant: str | None = setting("of the base model's files; 'fp16' is half the download", None)
     revision: str | None = setting("of a base model on the Hub: a branch, tag or commit", None)
     vae: str | Path | None = setting(
@@ -44,58 +44,50 @@ class Settings:
     loss: str = setting("what is minimised", 'dco', choices=('dco', 'dreambooth'), source=DCO)
     beta: float | None = setting(
         "of DCO: the larger, the smaller the lead over the base model that is enough", None,
-                                 above=0, sized=(100.0, 1000.0), source=DCO)
+        above=0, sized=(100.0, 1000.0), source=DCO)
     snr_gamma: float | None = setting("of DreamBooth: min-SNR weighting, 5 is usual", None, above=0,
-                                      source='Hang et al. 2023, arXiv 2303.09556')
+        source='Hang et al. 2023, arXiv 2303.09556')
     prior_loss_weight: float = setting(
         "of DreamBooth: prior preservation, 1 is usual", 0.0, least=0, source=DREAMBOOTH)
     class_data_dir: Path | str | None = setting(
-        "pictures of the class for it; None: the base model makes them", None,
-                                                resume='free')
-    num_class_images: int = setting(
-        "how many it makes", 50, unit='pictures', whole=1, resume='free')
+        "pictures of the class for it; None: the base model makes them", None, resume='free')
+    num_class_images: int = setting("how many it makes", 50, unit='pictures', whole=1, resume='free')
     rank: int | None = setting("of the LoRA on the UNet; 0: none, the token alone is learned", None,
-                               whole=0, sized=(8, 32), source=DCO)
+        whole=0, sized=(8, 32), source=DCO)
     target_modules: list | tuple | None = setting(
         "names of the layers that get a LoRA", None, in_shell=False,
-                                                  sized=('all large layers', 'attention'))
+        sized=('all large layers', 'attention'))
     train_text_encoder_ti: bool = setting(
         "learn the token's embedding too (textual inversion)", False,
-                                          source='Gal et al. 2022, arXiv 2208.01618')
-    learning_rate: float | None = setting(
-        "of the LoRA", None, above=0, sized=(1e-3, 5e-5), source=DCO)
+        source='Gal et al. 2022, arXiv 2208.01618')
+    learning_rate: float | None = setting("of the LoRA", None, above=0, sized=(1e-3, 5e-5), source=DCO)
     text_encoder_lr: float | None = setting(
-        "the learning rate of the token's embedding", None, above=0,
-                                            sized=(1e-3, 5e-6), source=DCO)
+        "the learning rate of the token's embedding", None, above=0, sized=(1e-3, 5e-6), source=DCO)
     lr_scheduler: str = setting(
         "how the learning rates change: constant, cosine, linear, …", 'constant')
     lr_warmup_steps: int = setting("until the full learning rate", 0, unit='steps', whole=0)
     max_grad_norm: float = setting(
         "longer gradients are cut to this length", 1.0, above=0, in_shell=False)
     max_train_steps: int | None = setting("length of the training", None, unit='steps', whole=1,
-                                          sized=(200, 1000), resume='free', source=DCO)
+        sized=(200, 1000), resume='free', source=DCO)
     train_batch_size: int | None = setting(
         "in one call", None, unit='pictures', whole=1, sized=(4, 1), resume='cut', source=DCO)
     gradient_accumulation_steps: int = setting(
         "in one step of the optimizer", 1, unit='batches', whole=1, resume='cut')
-    gradient_checkpointing: bool | None = setting(
-        "less memory, more time", None, sized=(False, True))
+    gradient_checkpointing: bool | None = setting("less memory, more time", None, sized=(False, True))
     mixed_precision: str | None = setting(
         "in which UNet and text encoders compute", None, choices=('no', 'bf16', 'fp16'),
-                                          sized=('no', 'what the card computes fast'))
+        sized=('no', 'what the card computes fast'))
     use_8bit_adam: bool = setting("the optimizer's state in 8 bits; needs bitsandbytes", False)
     batched: bool = setting(
-        "both models' predictions in one call: more memory, and slower on the embedded model",
-        False,
-                            resume='free')
+        "both models' predictions in one call: more memory, and slower on the embedded model", False,
+        resume='free')
     resolution: int | None = setting(
-        "side of the training pictures; None: what the base was made for", None,
-                                     unit='pixels', whole=8)
+        "side of the training pictures; None: what the base was made for", None, unit='pixels', whole=8)
     crop: str = setting("how squares are cut", 'center', choices=('center', 'random'))
     seed: int = setting("of everything random in the training", 0, whole=0)
     validation_prompt: list[str] | str | None = setting(
-        "a prompt with {subject}, or several; painted on the way and at the end",
-                                                        None, resume='free')
+        "a prompt with {subject}, or several; painted on the way and at the end", None, resume='free')
     validation_steps: int | None = setting(
         "between two such pictures", None, unit='steps', whole=1, resume='free')
     checkpointing_steps: int = setting(
@@ -116,6 +108,7 @@ def given_fields():
     "The settings that a user may give, in order."
     return [f for f in fields(Settings) if not f.metadata.get('found')]
 
+# %% ../../nbs/3_subject/05_settings.ipynb #s013a
 def default_of(field):
     "What a setting is where nothing is said, in words; '' for one that must be given."
     if 'sized' in field.metadata:
@@ -124,6 +117,7 @@ def default_of(field):
     if field.default in (MISSING, None, False): return ''
     return 'the embedded model' if field.default == TINY_SDXL else f"{field.default}"
 
+# %% ../../nbs/3_subject/05_settings.ipynb #s013b
 def describe(field):
     "A setting in a sentence or two: what it is, its unit, its values, its default and its source."
     facts, default = field.metadata, default_of(field)
@@ -140,6 +134,7 @@ def as_parameters(chosen):
     defaults = {f.name: inspect.Parameter.empty if f.default is MISSING else f.default for f in chosen}
     return [inspect.Parameter(f.name, by_name, default=defaults[f.name], annotation=f.type) for f in chosen]
 
+# %% ../../nbs/3_subject/05_settings.ipynb #s016b
 def with_settings(function):
     "`function(first, **given)` with the settings as keywords: in signature, docstring and check of names."
     first = next(iter(inspect.signature(function).parameters.values()))
@@ -167,10 +162,12 @@ def saved_settings(s):
     "The settings of a run as JSON keeps them; the embedded model by its name, for its path varies."
     return json.loads(json.dumps(vars(s) | dict(base='tiny_sdxl' if s.base == TINY_SDXL else s.base)))
 
+# %% ../../nbs/3_subject/05_settings.ipynb #s021a
 def samples_a_step(settings):
     "How many samples one step sees, over all processes; from saved settings."
     return math.prod(settings[k] for k in CUTS)
 
+# %% ../../nbs/3_subject/05_settings.ipynb #s021b
 def changed_settings(new, old):
     "What differs between saved settings and may not, as texts."
     changed = [f"{k}={new.get(k)!r} (was {old.get(k)!r})" for k in new
@@ -178,6 +175,7 @@ def changed_settings(new, old):
     n, before = samples_a_step(new), samples_a_step(old)
     return changed if n == before else [*changed, f"{n} samples a step (was {before})"]
 
+# %% ../../nbs/3_subject/05_settings.ipynb #s021c
 def card_settings(s):
     "The settings that a saved subject and its model card tell: those that made it what it is."
     return {k: v for k, v in vars(s).items() if k not in FREE_ON_RESUME | NOTED and v is not None}
