@@ -86,7 +86,7 @@ def check_subject(s):
 
 # %% ../../nbs/3_subject/07_defaults.ipynb #c056b
 def check_loss(s):
-    "ValueError for a setting that belongs to the other loss; a warning where prior and subject are one prompt."
+    "ValueError for a setting of the other loss; a warning where prior and subject are one prompt."
     if s.loss == 'dco' and s.snr_gamma is not None:
         raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
     if s.loss == 'dco' and s.prior_loss_weight:
