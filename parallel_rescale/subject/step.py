@@ -35,7 +35,7 @@ class Run:
     params: list            # groups for the optimizer: the flattened LoRA, the flattened rows
     references: list
     norms: tuple = ()       # mean lengths of the two embedding tables' rows
-    data: SimpleNamespace | None = None       # cached pictures (see `cache_data`)
+    data: SimpleNamespace | None = None       # cached pictures (see `cache_pictures`)
     prior: SimpleNamespace | None = None      # cached pictures of the class, for prior preservation
     text: SimpleNamespace | None = None       # cached prompt embeddings: subject, base, noun
     optimizer: torch.optim.Optimizer | None = None
