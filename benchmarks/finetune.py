@@ -20,11 +20,17 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from denoiser import SDXL, SMALL
-from parallel_rescale import TINY_SDXL, dco
+from parallel_rescale import TINY_SDXL
 from parallel_rescale.machine.adapter_rows import adapter_rows
 from parallel_rescale.machine.prompts import PromptEmbeds
-from parallel_rescale.subject.references import as_references
 from parallel_rescale.machine.prompts import base_prompt, subject_prompt
+from parallel_rescale.subject.adapters import ATTENTION, add_lora, add_token, embed, flatten, load_base, rows_of
+from parallel_rescale.subject.defaults import recommended
+from parallel_rescale.subject.finetuning import prepared_run
+from parallel_rescale.subject.losses import dco_loss, mse, predict
+from parallel_rescale.subject.preparing import make_optimizer
+from parallel_rescale.subject.references import as_references
+from parallel_rescale.subject.step import Run, autocast, deal, subject_text, train_step
 from parallel_rescale.world.tinyworld import reference_set
 
 
@@ -33,9 +39,9 @@ CAT = dict(class_noun="cat", token="<pixel>")
 
 def straightforward(references, base=TINY_SDXL, **changed):
     "A step as the DCO authors' script takes it: pictures and prompts are encoded every time, then comes φ (the LoRA at scale 0), then θ."
-    pipe, s = dco.load_base(base), SimpleNamespace(**dco.recommended(base) | CAT | changed)
-    for pair in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)): dco.add_token(*pair, s.token, s.class_noun)
-    params = dco.add_lora(pipe.unet, s.rank, s.target_modules)
+    pipe, s = load_base(base), SimpleNamespace(**recommended(base) | CAT | changed)
+    for pair in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)): add_token(*pair, s.token, s.class_noun)
+    params = add_lora(pipe.unet, s.rank, s.target_modules)
     optimizer, scheduler, unet = torch.optim.AdamW(params, lr=s.learning_rate), DDPMScheduler.from_config(pipe.scheduler.config), pipe.unet
     ids = torch.tensor([[64., 64, 0, 0, 64, 64]])
 
@@ -45,13 +51,13 @@ def straightforward(references, base=TINY_SDXL, **changed):
             pixels = torch.stack([torch.from_numpy(np.array(references[i].image)).permute(2, 0, 1) / 127.5 - 1 for i in which])
             clean = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
             captions = [references[i].caption for i in which]
-            subject, base = (dco.embed(pipe, [fill(c, w) for c in captions]) for fill, w in ((subject_prompt, s.token), (base_prompt, s.class_noun)))
+            subject, base = (embed(pipe, [fill(c, w) for c in captions]) for fill, w in ((subject_prompt, s.token), (base_prompt, s.class_noun)))
         noise, t = torch.randn_like(clean), torch.randint(1000, (len(which),))
         x_t, time_ids = scheduler.add_noise(clean, noise, t), ids.expand(len(which), -1)
         with torch.no_grad():
             added = dict(text_embeds=base.pooled, time_ids=time_ids)
-            reference = dco.mse(unet(x_t, t, base.hidden, added_cond_kwargs=added, cross_attention_kwargs={"scale": 0.0}).sample, noise)
-        loss = dco.dco_loss(dco.mse(dco.predict(unet, x_t, t, subject, time_ids), noise), reference, s.beta)
+            reference = mse(unet(x_t, t, base.hidden, added_cond_kwargs=added, cross_attention_kwargs={"scale": 0.0}).sample, noise)
+        loss = dco_loss(mse(predict(unet, x_t, t, subject, time_ids), noise), reference, s.beta)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -62,20 +68,20 @@ def straightforward(references, base=TINY_SDXL, **changed):
 
 def bare(run):
     "Forward and backward of φ and θ on one batch and nothing else: what a DCO step cannot do without."
-    unet, (batch, _) = run.pipe.unet, dco.deal(run, 0)[0]
+    unet, (batch, _) = run.pipe.unet, deal(run, 0)[0]
     layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
-    subject, base = dco.subject_text(run, batch), dco.rows_of(run.text.base, batch.source)
+    subject, base = subject_text(run, batch), rows_of(run.text.base, batch.source)
 
     def switch_off(value):
         for layer in layers: layer._disable_adapters = value
 
     def step(_):
-        with dco.autocast(run):
+        with autocast(run):
             switch_off(True)
-            with torch.no_grad(): phi = dco.predict(unet, batch.x_t, batch.t, base, batch.time_ids)
+            with torch.no_grad(): phi = predict(unet, batch.x_t, batch.t, base, batch.time_ids)
             switch_off(False)
-            theta = dco.predict(unet, batch.x_t, batch.t, subject, batch.time_ids)
-            loss = dco.dco_loss(dco.mse(theta, batch.target), dco.mse(phi, batch.target), run.settings.beta)
+            theta = predict(unet, batch.x_t, batch.t, subject, batch.time_ids)
+            loss = dco_loss(mse(theta, batch.target), mse(phi, batch.target), run.settings.beta)
         loss.backward()
     return step
 
@@ -94,9 +100,9 @@ def tiny(a):
             "outside forward and backward, % of a step", "of it the LoRA's switch, %"]
     for batch in a.batches:
         runs = dict(two={}, one=dict(batched=True), token=dict(train_text_encoder_ti=True))
-        ways = {name: lambda n, run=dco.prepared_run(references, **CAT, train_batch_size=batch, **more): dco.train_step(run, n) for name, more in runs.items()}
+        ways = {name: lambda n, run=prepared_run(references, **CAT, train_batch_size=batch, **more): train_step(run, n) for name, more in runs.items()}
         ways["plain"] = straightforward(references, train_batch_size=batch)
-        own = dco.prepared_run(references, **CAT, train_batch_size=batch)
+        own = prepared_run(references, **CAT, train_batch_size=batch)
         ways |= dict(bare=bare(own), switch=switching(own))
         turns = take_turns(ways, a.repeats, "cpu")
         median = lambda of: statistics.median(map(of, turns))
@@ -133,15 +139,15 @@ def random_run(a, **changed):
     unet.to(torch.bfloat16).requires_grad_(False)
     s = SimpleNamespace(**dict(loss="dco", rank=32, train_batch_size=1, gradient_accumulation_steps=1, mixed_precision="bf16", beta=1000.0, max_grad_norm=1.0, seed=0,
                                train_text_encoder_ti=False, gradient_checkpointing=False, batched=False) | changed)
-    params = [dco.flatten(dco.add_lora(unet, s.rank, dco.ATTENTION))]
+    params = [flatten(add_lora(unet, s.rank, ATTENTION))]
     if s.gradient_checkpointing: unet.enable_gradient_checkpointing(); unet.train()
     side, pooled = shape["sample_size"], shape["projection_class_embeddings_input_dim"] - 6 * shape["addition_time_embed_dim"]
     text = PromptEmbeds(torch.randn(4, 77, shape["cross_attention_dim"], device=a.device, dtype=torch.bfloat16), torch.randn(4, pooled, device=a.device, dtype=torch.bfloat16))
     data = SimpleNamespace(moments=torch.randn(4, 2, 4, side, side).abs(), time_ids=torch.tensor([[8. * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 4), source=torch.arange(4))
     pipe = SimpleNamespace(unet=unet, vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.13)))
-    run = dco.Run(s, Accelerator(cpu=small), pipe, DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear"), {}, [dict(params=params, lr=5e-5)],
+    run = Run(s, Accelerator(cpu=small), pipe, DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear"), {}, [dict(params=params, lr=5e-5)],
                   [], data=data, text=SimpleNamespace(subject=text, base=text))
-    run.optimizer = dco.make_optimizer(run.params)
+    run.optimizer = make_optimizer(run.params)
     run.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, 1.0)
     run.scaler = torch.amp.GradScaler(a.device, enabled=False)
     return run
@@ -154,7 +160,7 @@ def sdxl(a):
     for name, changed in options.items():
         run = random_run(a, **changed)
         if a.device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        ways = {"step": lambda n: dco.train_step(run, n)} | ({} if changed.get("batched") else dict(bare=bare(run), switch=switching(run)))
+        ways = {"step": lambda n: train_step(run, n)} | ({} if changed.get("batched") else dict(bare=bare(run), switch=switching(run)))
         turns = take_turns(ways, a.repeats, a.device)
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if a.device == "cuda" else "–"
         outside = [f"{100 * statistics.median(of(t) for t in turns):.1f}" for of in (lambda t: 1 - t["bare"] / t["step"], lambda t: t["switch"] / t["step"])] if "bare" in ways else ["–", "–"]

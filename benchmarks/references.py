@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel_rescale.subject.references import ALIKE, alike_pictures, as_references, border_likeness
+from parallel_rescale.subject.backgrounds import ALIKE, alike_pictures, border_likeness
+from parallel_rescale.subject.references import as_references
 from parallel_rescale.world.tinyworld import BACKGROUNDS, SUBJECTS, reference_set
 
 BY_EYE = dict(berry_bowl="all: white cloth", cat="all: dark wood", red_cartoon="all: white", dog6="4 of 5: orange wall", clock="3 of 6: white bed", dog5="one room, four views",

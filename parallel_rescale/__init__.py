@@ -28,7 +28,8 @@ _PUBLIC = {  # module -> the names it gives to the top level
     "machine.record": ["Record"],
     "machine.pipeline": ["SubjectPipeline"],
     "machine.saved_subject": ["Subject"],
-    "subject.references": ["load_references", "reference_table"],
+    "subject.references": ["load_references"],
+    "subject.backgrounds": ["reference_table"],
     "subject.finetuning": ["finetune"],
     "evidence.evaluation": ["evaluate"],
 }

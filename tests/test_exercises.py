@@ -14,7 +14,7 @@ from parallel_rescale.method.registry import known_rules
 
 NBS = Path(__file__).parents[1] / "nbs"
 # a training each, whose solutions are words; and one on the results of the whole tutorial, which has a test of its own
-LONG = {("10_finetune.ipynb", "c100"), ("10_finetune.ipynb", "c102"), ("reproduction.ipynb", "c044")}
+LONG = {("13_finetune.ipynb", "c100"), ("13_finetune.ipynb", "c102"), ("reproduction.ipynb", "c044")}
 
 
 def cells(path): return [(c["id"], c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]

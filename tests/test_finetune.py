@@ -17,18 +17,29 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-from parallel_rescale import checkpoints, dco
+from parallel_rescale.machine.saved_subject import Subject, installed_versions, pool_at_eos, save_adapter
+from parallel_rescale.method.rules import CFG
+from parallel_rescale.subject import checkpoints, previews
+from parallel_rescale.subject.adapters import add_token, embed, rows_of
 from parallel_rescale.subject.checkpoints import training_log
-from parallel_rescale.subject.defaults import recommended
-from parallel_rescale.subject.finetuning import finetune
-from parallel_rescale.subject.losses import dco_loss, dreambooth_loss, min_snr_weight
+from parallel_rescale.subject.data import RANDOM_CROPS, random_choices, sample_latents
+from parallel_rescale.subject.defaults import half_precision, recommended
+from parallel_rescale.subject.finetuning import finetune, prepared_run
+from parallel_rescale.subject.losses import dco_loss, dreambooth_loss, min_snr_weight, predict, theta_and_phi
+from parallel_rescale.subject.previews import everything_on_device, sample_pictures
 from parallel_rescale.subject.references import as_references
-from parallel_rescale.machine.saved_subject import Subject, installed_versions
+from parallel_rescale.subject.resuming import load_checkpoint
+from parallel_rescale.subject.settings import saved_settings
+from parallel_rescale.subject.step import autocast, deal, forward_and_backward, loss_of, micro_batches
+from parallel_rescale.subject.step import read_logs, subject_text, train_step
 from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
 from parallel_rescale.world.tinyworld import reference_set
 
 CAT = dict(class_noun="cat", token="<pixel>")
-QUICK = "from parallel_rescale import dco; dco.SAMPLE_STEPS, dco.SAMPLE_PROMPTS = 1, dco.SAMPLE_PROMPTS[:1]; import torch; torch.set_num_threads(1)\n"
+QUICK = """import torch; torch.set_num_threads(1)
+from parallel_rescale.subject import finetuning, previews, step
+previews.SAMPLE_STEPS, previews.SAMPLE_PROMPTS = 1, previews.SAMPLE_PROMPTS[:1]
+"""
 
 UNIT = dict(no=2.0**-24, bf16=2.0**-9, fp16=2.0**-12)                         # relative error of one rounding
 cuda = pytest.mark.cuda                                                       # holds on a GPU as well: `-m cuda` there
@@ -37,8 +48,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(dco, "SAMPLE_STEPS", 1)
-    monkeypatch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1)
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_PROMPTS", previews.SAMPLE_PROMPTS[:1])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +59,7 @@ def references():
 
 def prepared(references, **changed):
     "A run ready for its first step, without an output folder."
-    return dco.prepared_run(references, **CAT | changed)
+    return prepared_run(references, **CAT | changed)
 
 
 def weights(folder):
@@ -97,18 +108,18 @@ def test_dreambooth_and_min_snr():
 
 def test_embed_equals_the_pipeline():
     pipe, prompts = load_tiny_sdxl(device="cpu"), ["a photo of a cat", "", "a neon sign of a house in the snow"]
-    made, (hidden, _, pooled, _) = dco.embed(pipe, prompts), pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    made, (hidden, _, pooled, _) = embed(pipe, prompts), pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     assert torch.equal(made.hidden, hidden) and torch.equal(made.pooled, pooled)
 
 
 def test_a_new_token_starts_as_its_noun_and_changes_nothing_else():
     pipe = load_tiny_sdxl(device="cpu")
-    before = dco.embed(pipe, ["a photo of a cat in the snow"])
-    rows = [dco.add_token(*pair, "<pixel>", "cat") for pair in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))]
-    noun, token = (dco.embed(pipe, [f"a photo of a {w} in the snow"]) for w in ("cat", "<pixel>"))
+    before = embed(pipe, ["a photo of a cat in the snow"])
+    rows = [add_token(*pair, "<pixel>", "cat") for pair in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))]
+    noun, token = (embed(pipe, [f"a photo of a {w} in the snow"]) for w in ("cat", "<pixel>"))
     for made in (noun, token): assert torch.equal(made.hidden, before.hidden) and torch.equal(made.pooled, before.pooled)
     for row in rows: row.data += 1
-    noun, token = (dco.embed(pipe, [f"a photo of a {w} in the snow"]) for w in ("cat", "<pixel>"))
+    noun, token = (embed(pipe, [f"a photo of a {w} in the snow"]) for w in ("cat", "<pixel>"))
     assert torch.equal(noun.hidden, before.hidden) and not torch.equal(token.hidden, before.hidden) and not torch.equal(token.pooled, before.pooled)
 
 
@@ -117,14 +128,14 @@ def test_several_words_give_their_mean():
     ids = pipe.tokenizer("brick wall", add_special_tokens=False).input_ids
     assert len(ids) >= 2
     expected = pipe.text_encoder.get_input_embeddings().weight[ids].mean(0, keepdim=True)
-    torch.testing.assert_close(dco.add_token(pipe.tokenizer, pipe.text_encoder, "<x>", "brick wall").data, expected)
+    torch.testing.assert_close(add_token(pipe.tokenizer, pipe.text_encoder, "<x>", "brick wall").data, expected)
 
 
 @pytest.mark.parametrize("token,words", [("cat</w>", "vocabulary"), ("two words", "space"), ("", "expected a word"), ("<a b>", "space"), ("ctopu", "class noun"), (3, "expected a word")])
 def test_token_errors(token, words, references, tmp_path):
     pipe = load_tiny_sdxl(device="cpu")
     before = len(pipe.tokenizer)
-    with pytest.raises(ValueError, match="token=.*" + words): dco.add_token(pipe.tokenizer, pipe.text_encoder, token, "octopus")
+    with pytest.raises(ValueError, match="token=.*" + words): add_token(pipe.tokenizer, pipe.text_encoder, token, "octopus")
     assert len(pipe.tokenizer) == before
     with pytest.raises(ValueError, match="token="): finetune(references, class_noun="octopus", token=token, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -134,18 +145,18 @@ def test_pooling_at_the_end_of_text_survives_a_new_token():
     pipe = load_tiny_sdxl(device="cpu")
     pipe.tokenizer_2.add_tokens(["<x>"])
     pipe.text_encoder_2.resize_token_embeddings(len(pipe.tokenizer_2), mean_resizing=False)
-    right = dco.embed(pipe, ["a photo of a <x> in the snow"]).pooled
+    right = embed(pipe, ["a photo of a <x> in the snow"]).pooled
     for layer in pipe.text_encoder_2.modules():
         if hasattr(layer, "eos_token_id"): layer.eos_token_id = 2              # as in SDXL's own configuration
-    assert not torch.allclose(dco.embed(pipe, ["a photo of a <x> in the snow"]).pooled, right)
-    dco.pool_at_eos(pipe.tokenizer_2, pipe.text_encoder_2)
-    assert torch.equal(dco.embed(pipe, ["a photo of a <x> in the snow"]).pooled, right)
+    assert not torch.allclose(embed(pipe, ["a photo of a <x> in the snow"]).pooled, right)
+    pool_at_eos(pipe.tokenizer_2, pipe.text_encoder_2)
+    assert torch.equal(embed(pipe, ["a photo of a <x> in the snow"]).pooled, right)
 
 
 # a step
 
 def gradients(run, step=0):
-    for batch in dco.micro_batches(run, run.data, step): dco.loss_of(run, batch)[0].backward()
+    for batch in micro_batches(run, run.data, step): loss_of(run, batch)[0].backward()
     return [p.grad.clone() for p in run.trained]
 
 
@@ -167,12 +178,12 @@ def test_one_call_equals_two(references, stirred):
 
 def test_phi_is_the_base_model_and_a_constant(references, stirred):
     run, untouched = stirred(prepared(references)), load_tiny_sdxl(device="cpu").unet
-    batch = next(dco.micro_batches(run, run.data, 0))
-    subject, base = dco.subject_text(run, batch), dco.rows_of(run.text.base, batch.source)
+    batch = next(micro_batches(run, run.data, 0))
+    subject, base = subject_text(run, batch), rows_of(run.text.base, batch.source)
     for batched in (False, True):
-        theta, phi = dco.theta_and_phi(run.pipe.unet, batch, subject, base, batched)
+        theta, phi = theta_and_phi(run.pipe.unet, batch, subject, base, batched)
         assert theta.requires_grad and not phi.requires_grad
-        with torch.no_grad(): expected = dco.predict(untouched, batch.x_t, batch.t, base, batch.time_ids)
+        with torch.no_grad(): expected = predict(untouched, batch.x_t, batch.t, base, batch.time_ids)
         torch.testing.assert_close(phi, expected, rtol=1e-4, atol=1e-5)
         assert (theta - phi).abs().max() > 1e-3
 
@@ -188,7 +199,7 @@ def test_gradient_checkpointing_changes_no_gradient(references, stirred):
 def test_a_step_does_not_depend_on_how_it_is_cut(references):
     whole = prepared(references, train_batch_size=4)
     cut = prepared(references, train_batch_size=1, gradient_accumulation_steps=4)
-    logs = [dco.train_step(run, 0) for run in (whole, cut)]
+    logs = [train_step(run, 0) for run in (whole, cut)]
     for k in logs[0]: assert logs[0][k] == pytest.approx(logs[1][k], rel=1e-4), k
     moments = [[state["exp_avg"] for state in run.optimizer.state.values()] for run in (whole, cut)]
     assert moments[0]
@@ -201,12 +212,12 @@ def test_learned_tokens_get_gradients_and_change_in_every_precision(references, 
     run = prepared(references, train_text_encoder_ti=True, mixed_precision=precision, train_batch_size=2, rank=2)
     before, table = {k: r.detach().clone() for k, r in run.rows.items()}, run.pipe.text_encoder.get_input_embeddings().weight
     frozen = table.detach().clone()
-    for batch in dco.micro_batches(run, run.data, 0):
-        with dco.autocast(run): loss = dco.loss_of(run, batch)[0]
+    for batch in micro_batches(run, run.data, 0):
+        with autocast(run): loss = loss_of(run, batch)[0]
         run.scaler.scale(loss).backward()
     for row in run.rows.values(): assert row.dtype == torch.float32 and row.grad.abs().max() > 0
     run.optimizer.zero_grad(set_to_none=False)
-    for step in range(3): dco.train_step(run, step)
+    for step in range(3): train_step(run, step)
     for (key, row), norm in zip(run.rows.items(), run.norms):
         direction = torch.cosine_similarity(row, before[key]).item()
         assert direction < 1 - 1e-6, f"{key} did not turn"
@@ -236,9 +247,9 @@ def test_dreambooth_with_prior_and_snr(references, tmp_path):
 def test_v_prediction_target(references):
     run = prepared(references)
     run.noise_scheduler.register_to_config(prediction_type="v_prediction")
-    batch = next(dco.micro_batches(run, run.data, 3))
-    which, t, eps, noise = dco.draw(4, (4, 16, 16), 4, 1000, 0, 3, 0)
-    clean = dco.sample_latents(run.data.moments[which], eps, run.pipe.vae.config)
+    batch = next(micro_batches(run, run.data, 3))
+    which, t, eps, noise = random_choices(4, (4, 16, 16), 4, 1000, 0, 3, 0)
+    clean = sample_latents(run.data.moments[which], eps, run.pipe.vae.config)
     alpha = run.noise_scheduler.alphas_cumprod[t][:, None, None, None]
     torch.testing.assert_close(batch.target, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
     torch.testing.assert_close(batch.x_t, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
@@ -248,8 +259,8 @@ def test_v_prediction_target(references):
 def test_random_crops(references):
     wide = as_references([(np.asarray(r.image.resize((96, 64))), r.caption) for r in references])
     run = prepared(wide, crop="random")
-    assert len(run.data.moments) == 4 * dco.RANDOM_CROPS and run.data.time_ids[:, 3].max() > 0 and run.data.time_ids[:, 2].max() == 0
-    dco.train_step(run, 0)
+    assert len(run.data.moments) == 4 * RANDOM_CROPS and run.data.time_ids[:, 3].max() > 0 and run.data.time_ids[:, 2].max() == 0
+    train_step(run, 0)
 
 
 # half precision
@@ -301,7 +312,7 @@ def test_class_pictures_and_samples_leave_the_vae_in_float32(references, tmp_pat
     half, whole = (prepared(references, **common | dict(class_data_dir=tmp_path / "run/class_images", num_class_images=50), mixed_precision=p)
                    for p in (precision, "no"))
     assert torch.equal(half.prior.moments, whole.prior.moments)
-    with dco.everything_on_device(half): dco.sample_pictures(half, ["a {subject}"], dco.CFG(5.0))
+    with everything_on_device(half): sample_pictures(half, ["a {subject}"], CFG(5.0))
     assert half.pipe.vae.dtype == torch.float32 and all(np.isfinite(training_log(subject.folder)["prior"]))
 
 
@@ -318,7 +329,7 @@ def test_half_precision_learns_what_float32_learns(references, stirred, precisio
     made = []
     for p in ("no", precision):
         run = stirred(prepared(references, mixed_precision=p, train_batch_size=2, **changes))
-        logs = dco.forward_and_backward(run, dco.deal(run, 0))[0]
+        logs = forward_and_backward(run, deal(run, 0))[0]
         run.scaler.unscale_(run.optimizer)
         made.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))
     (exact, gradient), (logs, rounded) = made
@@ -330,11 +341,11 @@ def test_half_precision_learns_what_float32_learns(references, stirred, precisio
 @pytest.mark.parametrize("precision,levels", [("bf16", 8), ("fp16", 1)])
 def test_validation_pictures_in_half_precision(references, monkeypatch, precision, levels):
     "Ten steps with CFG 5 amplify a rounding some fifty times: a mean of 50 × 2⁻⁹ × 127.5 / 2 ≈ 6 of 255 grey levels in bf16, and an eighth of it in fp16."
-    monkeypatch.setattr(dco, "SAMPLE_STEPS", 10)
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 10)
     pictures = []
     for p in ("no", precision):
         run = prepared(references, mixed_precision=p)
-        with dco.everything_on_device(run): pictures.append(np.asarray(dco.sample_pictures(run, ["a {subject} in the snow"], dco.CFG(5.0))[0], float))
+        with everything_on_device(run): pictures.append(np.asarray(sample_pictures(run, ["a {subject} in the snow"], CFG(5.0))[0], float))
     assert np.abs(pictures[0] - pictures[1]).mean() < levels
 
 
@@ -343,7 +354,7 @@ def test_half_precision_is_the_one_that_the_card_computes_itself(monkeypatch, na
     "A T4 answers yes to the plain question, for it can emulate bf16."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    assert dco.half_precision() == expected
+    assert half_precision() == expected
 
 
 # waiting for the device
@@ -360,12 +371,12 @@ class Fetches(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("changes", [dict(), dict(train_text_encoder_ti=True), dict(gradient_checkpointing=True), dict(batched=True), dict(gradient_accumulation_steps=2),
                                      dict(loss="dreambooth", snr_gamma=5.0), dict(mixed_precision="bf16")], ids=str)
 def test_a_step_asks_for_numbers_once(references, monkeypatch, changes):
-    run, read, asked = prepared(references, train_batch_size=2, **changes), dco.read_logs, []
+    run, read, asked = prepared(references, train_batch_size=2, **changes), read_logs, []
     def counted(*args): asked.append(Fetches.count); return read(*args)
-    monkeypatch.setattr(dco, "read_logs", counted)
+    monkeypatch.setattr("parallel_rescale.subject.step.read_logs", counted)
     monkeypatch.setattr(Fetches, "count", 0)
-    dco.train_step(run, 0)
-    with Fetches(): dco.train_step(run, 1)
+    train_step(run, 0)
+    with Fetches(): train_step(run, 1)
     assert asked == [0, 0] and Fetches.count == 0                             # read_logs reads one tensor, as a list
 
 
@@ -374,10 +385,10 @@ def test_a_step_asks_for_numbers_once(references, monkeypatch, changes):
 @pytest.mark.parametrize("changes", [dict(), dict(loss="dreambooth", snr_gamma=5.0), dict(mixed_precision="fp16")], ids=str)
 def test_a_step_waits_for_the_gpu_once(references, changes, recwarn):
     run = prepared(references, **changes)
-    for step in range(2): dco.train_step(run, step)
+    for step in range(2): train_step(run, step)
     recwarn.clear()
     torch.cuda.set_sync_debug_mode("warn")
-    try: dco.train_step(run, 2)
+    try: train_step(run, 2)
     finally: torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in recwarn if "synchron" in str(w.message)]) <= 1
 
@@ -386,18 +397,18 @@ def test_the_next_step_is_drawn_ahead_and_is_the_same(references):
     ahead, fresh = (prepared(references, train_batch_size=2) for _ in range(2))
     for step in range(3):
         fresh.ahead.clear()
-        assert dco.train_step(ahead, step) == dco.train_step(fresh, step)
+        assert train_step(ahead, step) == train_step(fresh, step)
     assert list(ahead.ahead) == [3]
 
 
 @cuda
 @needs_cuda
 def test_vae_and_encoders_are_off_the_card(references, tmp_path):
-    run = prepared(references, mixed_precision=dco.half_precision())
+    run = prepared(references, mixed_precision=half_precision())
     assert {p.device.type for part in (run.pipe.vae, run.pipe.text_encoder, run.pipe.text_encoder_2) for p in part.parameters()} == {"cpu"}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    dco.save_adapter(run.pipe.unet, tmp_path)
+    save_adapter(run.pipe.unet, tmp_path)
     assert torch.cuda.max_memory_allocated() == before                        # no second copy of the LoRA there
 
 
@@ -406,8 +417,8 @@ def test_vae_and_encoders_are_off_the_card(references, tmp_path):
 @pytest.fixture(scope="module")
 def trained(references, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dco, "SAMPLE_STEPS", 1)
-        patch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+        patch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1)
+        patch.setattr("parallel_rescale.subject.previews.SAMPLE_PROMPTS", previews.SAMPLE_PROMPTS[:1])
         folder = tmp_path_factory.mktemp("trained") / "run"
         return finetune(references, **CAT, output=folder, max_train_steps=4, checkpointing_steps=2, train_text_encoder_ti=True, train_batch_size=2,
                         lr_scheduler="cosine", validation_prompt=["a {subject} in the snow", "a sketch of a <pixel>"], validation_steps=4, report_to="tensorboard")
@@ -429,7 +440,7 @@ def test_the_saved_folder(trained):
 def test_stock_diffusers_loads_the_same_model(trained, references):
     from diffusers import StableDiffusionXLPipeline
     run = prepared(references, train_text_encoder_ti=True)
-    dco.load_checkpoint(run, Path(trained.folder) / "checkpoint-4")
+    load_checkpoint(run, Path(trained.folder) / "checkpoint-4")
     pipe = StableDiffusionXLPipeline.from_pretrained(TINY_SDXL, torch_dtype=torch.float32)
     pipe.load_lora_weights(trained.folder)
     rows = load_file(Path(trained.folder) / "learned_embeds.safetensors")
@@ -450,8 +461,8 @@ RUN = dict(**CAT, max_train_steps=5, checkpointing_steps=2, train_text_encoder_t
 @pytest.fixture(scope="module")
 def uninterrupted(references, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dco, "SAMPLE_STEPS", 1)
-        patch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+        patch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1)
+        patch.setattr("parallel_rescale.subject.previews.SAMPLE_PROMPTS", previews.SAMPLE_PROMPTS[:1])
         return finetune(references, **RUN, output=tmp_path_factory.mktemp("whole") / "run").folder
 
 
@@ -476,7 +487,7 @@ def test_resume_equals_an_uninterrupted_run(references, uninterrupted, tmp_path,
 def script(output, **more):
     return QUICK + textwrap.dedent(f"""
         from parallel_rescale.world.tinyworld import reference_set
-        dco.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{RUN | more!r})
+        finetuning.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{RUN | more!r})
     """)
 
 
@@ -507,14 +518,14 @@ def test_killed_and_resumed(references, tmp_path):
 
 @cuda
 def test_ctrl_c_saves_and_says_how_to_go_on(references, uninterrupted, tmp_path, monkeypatch):
-    original, before = dco.train_step, signal.getsignal(signal.SIGINT)
+    original, before = train_step, signal.getsignal(signal.SIGINT)
     def step(run, number):
         if number == 2: os.kill(os.getpid(), signal.SIGINT)                    # in the midst of the third step
         return original(run, number)
-    monkeypatch.setattr(dco, "train_step", step)
+    monkeypatch.setattr("parallel_rescale.subject.finetuning.train_step", step)
     with pytest.raises(KeyboardInterrupt, match="after step 3.*checkpoint-3.*resume_from_checkpoint='latest'"): finetune(references, **RUN, output=tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is before
-    monkeypatch.setattr(dco, "train_step", original)
+    monkeypatch.setattr("parallel_rescale.subject.finetuning.train_step", original)
     finetune(references, **RUN, output=tmp_path / "run", resume_from_checkpoint="latest")
     assert_same_weights(uninterrupted, tmp_path / "run")
 
@@ -620,7 +631,7 @@ def test_a_revision_reaches_every_part(references, monkeypatch, tmp_path):
     run = prepared(references, base="some/sdxl", revision="v1", rank=2)
     of_base = {(name, revision) for name, revision in asked if revision}
     assert of_base == {(name, "v1") for name in ("UNet2DConditionModel", "AutoencoderKL", "CLIPTokenizer", "StableDiffusionXLPipeline")}
-    assert dco.saved_settings(run.settings)["revision"] == "v1"
+    assert saved_settings(run.settings)["revision"] == "v1"
 
 
 @pytest.mark.parametrize("change,words", [(dict(variant="fp16"), "variant='fp16': base=.* has no files"), (dict(revision="v1"), "revision='v1': base=.* is a folder"),
@@ -655,7 +666,7 @@ def test_nan_in_the_base_is_named(references, tmp_path):
 @cuda
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_names_the_step_and_loses_nothing(references, uninterrupted, tmp_path, monkeypatch, what):
-    original = dco.dco_loss
+    original = dco_loss
     count = [0]
     def broken(*args):
         count[0] += 1
@@ -664,9 +675,9 @@ def test_nan_stops_names_the_step_and_loses_nothing(references, uninterrupted, t
         if what == "loss": return loss * math.nan
         loss.register_hook(lambda grad: grad * math.nan)
         return loss * 1
-    monkeypatch.setattr(dco, "dco_loss", broken)
+    monkeypatch.setattr("parallel_rescale.subject.step.dco_loss", broken)
     with pytest.raises(FloatingPointError, match=f"step 4: .*{what}.*saved in .*checkpoint-3"): finetune(references, **RUN, output=tmp_path / "run")
-    monkeypatch.setattr(dco, "dco_loss", original)
+    monkeypatch.setattr("parallel_rescale.subject.step.dco_loss", original)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run/checkpoint-3").values())
     finetune(references, **RUN, output=tmp_path / "run", resume_from_checkpoint="latest")
     assert_same_weights(uninterrupted, tmp_path / "run")
@@ -717,7 +728,7 @@ def test_the_output_of_others_is_safe(references, tmp_path):
 def test_recommended_goes_by_size(monkeypatch):
     assert recommended()["beta"] == 100 and recommended()["rank"] == 8
     sdxl = dict(sample_size=128, block_out_channels=[320, 640, 1280], addition_embed_type="text_time")
-    monkeypatch.setattr(dco, "unet_config", lambda base, revision=None: sdxl)
+    monkeypatch.setattr("parallel_rescale.subject.defaults.unet_config", lambda base, revision=None: sdxl)
     large = recommended("stabilityai/stable-diffusion-xl-base-1.0")
     assert (large["beta"], large["rank"], large["learning_rate"], large["max_train_steps"], large["train_batch_size"]) == (1000, 32, 5e-5, 1000, 1)
 
@@ -747,12 +758,12 @@ PAIR = QUICK + """
 import os, signal
 from pathlib import Path
 from parallel_rescale.world.tinyworld import reference_set
-rank, original = int(os.environ["RANK"]), dco.{name}
+rank, original = int(os.environ["RANK"]), step.{name}
 def changed(*args, **kwargs):
     result = original(*args, **kwargs)
     {change}
-dco.{name} = changed
-try: dco.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={output!r}, **{settings!r})
+step.{name} = changed
+try: finetuning.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={output!r}, **{settings!r})
 except (KeyboardInterrupt, FloatingPointError) as error: Path({output!r}, f"left-{{rank}}").write_text(f"{{type(error).__name__}} {{error}}")
 """
 

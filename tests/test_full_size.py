@@ -14,9 +14,13 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, SubjectPipeline, dco
+from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, SubjectPipeline
+from parallel_rescale.subject import previews
+from parallel_rescale.subject.adapters import decode
 from parallel_rescale.subject.checkpoints import training_log
+from parallel_rescale.subject.finetuning import finetune, prepared_run
 from parallel_rescale.subject.references import as_references
+from parallel_rescale.subject.step import deal, forward_and_backward
 from parallel_rescale.machine.saved_subject import Subject
 from parallel_rescale.tools.embedded import TINY_SDXL
 from parallel_rescale.world.tinyworld import reference_set
@@ -66,8 +70,8 @@ def save_sdxl(folder, sizes, dtype=torch.bfloat16):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(dco, "SAMPLE_STEPS", 1)
-    monkeypatch.setattr(dco, "SAMPLE_PROMPTS", dco.SAMPLE_PROMPTS[:1])
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1)
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_PROMPTS", previews.SAMPLE_PROMPTS[:1])
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,7 @@ def walk(base, references, output, precision):
     "Teach, save, load in stock diffusers, sample with three rules, resume; finite numbers and right shapes all the way."
     start = time.perf_counter()
     common = TEACH | dict(base=base, mixed_precision=precision, output=output)
-    subject = dco.finetune(references, **common, max_train_steps=2)
+    subject = finetune(references, **common, max_train_steps=2)
     log = training_log(output)
     assert log["step"] == [1, 2] and np.isfinite([log["loss"], log["mse"]]).all()
     assert log["mse"][0] == pytest.approx(log["mse_reference"][0], rel=8 * UNIT[precision])          # at first θ is φ
@@ -115,11 +119,11 @@ def walk(base, references, output, precision):
     for rule in (CFG(5.0), ConsistencyGuidance(), ParallelRescale()):
         latents = ours("a photo of a <pixel>", guidance=rule, num_inference_steps=2, height=128, width=128, output_type="latent", generator=torch.Generator().manual_seed(0)).images
         assert latents.shape == (1, 4, 16, 16) and latents.dtype == HALF[precision] and latents.isfinite().all(), rule
-    picture = dco.decode(ours.vae, latents)
+    picture = decode(ours.vae, latents)
     assert picture.shape == (1, 3, 128, 128) and picture.dtype == torch.float32 and picture.isfinite().all()
     del ours
 
-    dco.finetune(references, **common, max_train_steps=3, resume_from_checkpoint="latest")
+    finetune(references, **common, max_train_steps=3, resume_from_checkpoint="latest")
     assert training_log(output)["step"] == [1, 2, 3] and training_log(output)["mse"][:2] == log["mse"] and Subject.load(output).settings["max_train_steps"] == 3
     print(f"{precision}: {time.perf_counter() - start:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB at the peak of the process")
 
@@ -143,10 +147,10 @@ def test_half_precision_against_float32(narrow, references, precision):
     DreamBooth's, the error itself: DCO's is β = 1000 times the difference of two errors, and so are its roundings."""
     found = []
     for p in ("no", precision):
-        run = dco.prepared_run(references, **TEACH | dict(loss="dreambooth", beta=None), base=narrow, mixed_precision=p)
+        run = prepared_run(references, **TEACH | dict(loss="dreambooth", beta=None), base=narrow, mixed_precision=p)
         generator = torch.Generator().manual_seed(1)
         for q in run.trained: q.data += 0.02 * torch.randn(q.shape, generator=generator)
-        logs = dco.forward_and_backward(run, dco.deal(run, 0))[0]
+        logs = forward_and_backward(run, deal(run, 0))[0]
         run.scaler.unscale_(run.optimizer)
         found.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))
     (exact, gradient), (logs, rounded) = found

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parallel_rescale.subject.references import as_references, check_references, crop_square, from_dco_json
-from parallel_rescale.subject.references import load_references, open_image, Reference, reference_table
+from parallel_rescale.subject.backgrounds import check_references, reference_table
+from parallel_rescale.subject.references import as_references, crop_square, from_dco_json
+from parallel_rescale.subject.references import load_references, open_image, Reference
 from parallel_rescale.subject.references import to_rgb
 
 RED = (200, 30, 40)

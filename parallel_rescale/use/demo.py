@@ -24,7 +24,8 @@ from ..evidence.world_scorers import JudgeScorer
 from ..method.focus import FocusedContrast
 from ..method.rules import CFG, ConsistencyGuidance, ParallelRescale
 from ..subject.finetuning import finetune
-from ..subject.references import as_references, reference_table
+from ..subject.backgrounds import reference_table
+from ..subject.references import as_references
 from ..tools.embedded import TINY_SDXL
 from ..tools.plot import image_grid, plot_ratio
 from ..tools.util import check_name, default_device
