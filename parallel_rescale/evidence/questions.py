@@ -153,11 +153,14 @@ class Truth:
     def label(self) -> str: return TRUTHS[self.name]
     def signature(self) -> str: return repr(self.name)      # in quotes, as every manifest so far has it
 
+    @property
+    def needs_vae(self) -> bool: return self.name == "truth_vae"
+
     def generate(self, subject: str, prompts, noise, vae=None) -> list[Image.Image]:
-        "Images of TinyWorld's `subject`, one for each prompt and noise seed; 'truth_vae' needs the VAE."
+        "Images of TinyWorld's `subject`, one for each prompt and noise seed."
         instance = SUBJECTS[check_name("TinyWorld subject", subject, SUBJECTS)]
         images = np.stack([_true_image(instance, p, n) for p, n in zip(prompts, noise)])
-        if self.name == "truth_vae": images = through_vae(images, vae)
+        if self.needs_vae: images = through_vae(images, vae)
         return [Image.fromarray(image) for image in images]
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #n017
