@@ -41,18 +41,19 @@ def load_pipeline(base, device: str, dtype: str, vae: str | None = None, **optio
     if pipe.default_sample_size > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
     return pipe.to(device)
 
-# %% ../../nbs/5_evidence/05_evaluation.ipynb #n009
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n009as
 def default_rows(pipe) -> int | None:
     "Rows in one UNet call where nothing else was asked for: 16 at SDXL's size, all on smaller models."
     return 16 if pipe.default_sample_size > 64 else None
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n009
 def image_bytes(image: Image.Image, kind: str) -> bytes:
     "An image as the bytes of a PNG or lossless WebP file."
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"lossless": True} if kind == "webp" else {}))
     return buffer.getvalue()
 
-# %% ../../nbs/5_evidence/05_evaluation.ipynb #n010
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n010as
 def _rows(job, rule, prompts, noise, scores) -> list[dict]:
     "A row of the table for each cell of a job: what was asked, and the scores [N] by name."
     asked = [dict(subject=job.subject, rule=job.rule, family=rule.name, prompt=p, text=prompt.text,
@@ -62,6 +63,7 @@ def _rows(job, rule, prompts, noise, scores) -> list[dict]:
              for i in range(len(asked))]
     return [row | values for row, values in zip(asked, found)]
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n010
 def _kept(job, images, kind) -> dict:
     "Path in the results folder → bytes of each image of a job; nothing where images are not kept."
     return {} if kind is None else {picture_name(job.subject, job.rule, p, s, kind): image_bytes(im, kind)
@@ -120,7 +122,7 @@ def local_results(plan: Plan, jobs: Sequence[Job]) -> Iterator[dict]:
     worker = Worker(plan)
     for job in jobs: yield worker(job)
 
-# %% ../../nbs/5_evidence/05_evaluation.ipynb #n014
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n014as
 def import_ray():
     "Ray, or one clear error."
     try: import ray
@@ -129,6 +131,7 @@ def import_ray():
                           "ray= an evaluation runs in this process") from None
     return ray
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n014
 def room_for(resources, cpus, gpus) -> int:
     "How many workers fit a Ray cluster; ValueError for none."
     fit = int(min(resources.get("CPU", 0) // max(cpus, 1e-9),
@@ -138,7 +141,7 @@ def room_for(resources, cpus, gpus) -> int:
     raise ValueError(
         f"ray: a worker needs {cpus} CPU and {gpus} GPU, and the cluster has no more than {there}")
 
-# %% ../../nbs/5_evidence/05_evaluation.ipynb #n016
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n016as
 class _RayWorker:
     "A `Worker` as Ray sees it."
     def __init__(self, plan): self.plan, self.worker = plan, None
@@ -147,6 +150,7 @@ class _RayWorker:
         self.worker = self.worker or Worker(self.plan)
         return self.worker(job)
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n016bs
 @contextmanager
 def _ray_running(ray, address):
     "Ray, started or joined where it does not run yet, and then ended again."
@@ -155,6 +159,7 @@ def _ray_running(ray, address):
     try: yield
     finally: ray.shutdown()
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n016
 def _count_loss(lost, job, error, retries):
     "One more worker died on a job; RuntimeError where that were too many."
     lost[job] += 1
@@ -199,7 +204,7 @@ def ray_results(plan: Plan, jobs: Sequence[Job],
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_RayWorker)
         yield from _until_done(ray, lambda: remote.remote(kept), jobs, workers or fit, retries)
 
-# %% ../../nbs/5_evidence/05_evaluation.ipynb #n021
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n021as
 def _processes(device=None):
     "accelerate's state where this is one of several processes; else a stand-in for one that is alone."
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
@@ -211,6 +216,7 @@ def _processes(device=None):
     # a process that is done first waits for the others
     return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n021bs
 def _left(folder, plan, state) -> tuple[list[Job], int]:
     "(this process's share of the jobs that are not done yet, how many images are done)."
     done, jobs = done_jobs(folder), plan.jobs()
@@ -219,6 +225,7 @@ def _left(folder, plan, state) -> tuple[list[Job], int]:
     return (share(todo, state.process_index, state.num_processes),
             sum(len(job.cells) for job in jobs if job.index in done))
 
+# %% ../../nbs/5_evidence/05_evaluation.ipynb #n021
 def _save(folder, results, mine, before, quiet):
     "Save results as they come, and show how far they are."
     total = before + sum(len(job.cells) for job in mine)

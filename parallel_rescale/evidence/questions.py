@@ -35,7 +35,7 @@ def prompt_data() -> dict:
     "The prompts and class nouns that come with the package, each with its source."
     return json.loads(PROMPT_FILE.read_text(encoding="utf-8"))
 
-# %% ../../nbs/5_evidence/03_questions.ipynb #n007
+# %% ../../nbs/5_evidence/03_questions.ipynb #n007as
 def tinyworld_prompts(cells=None, # (style, background) pairs; None: every style × every background
                      ) -> list[Prompt]:
     "TinyWorld's own prompts, with the labels that its scorers need."
@@ -43,11 +43,13 @@ def tinyworld_prompts(cells=None, # (style, background) pairs; None: every style
     return [Prompt(caption("{subject}", s, b), "photo" if s == "photo" else "stylised", s, b)
             for s, b in cells]
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #n007bs
 def _twenty():
     "Six photo prompts and two of every other style; backgrounds in turn, each two or three times."
     styles = ["photo"] * 6 + [s for s in STYLES[1:] for _ in range(2)]
     return [(s, BACKGROUNDS[(3 * i + i // 8) % len(BACKGROUNDS)]) for i, s in enumerate(styles)]
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #n007
 # five photos and five styles, none before a brick wall or on a plain ground: for references that share such
 # a place
 PLACES = (("photo", "beach"), ("photo", "snow"), ("photo", "city"), ("photo", "underwater"),
@@ -55,7 +57,7 @@ PLACES = (("photo", "beach"), ("photo", "snow"), ("photo", "city"), ("photo", "u
           ("watercolor", "beach"), ("sketch", "city"), ("crayon", "underwater"), ("neon", "night"),
           ("pixel", "grass"))
 
-# %% ../../nbs/5_evidence/03_questions.ipynb #c007
+# %% ../../nbs/5_evidence/03_questions.ipynb #c007as
 def _from_file(path) -> list[Prompt]:
     "The prompts of a .txt file, one a line, or of a .json file, a list; ValueError for a broken one."
     if not path.is_file(): raise ValueError(f"prompts: there is no file {path}")
@@ -66,6 +68,7 @@ def _from_file(path) -> list[Prompt]:
     try: return prompt_set(json.loads(text))
     except (ValueError, TypeError) as error: raise ValueError(f"prompts: {path}: {error}") from None
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #c007
 def _as_prompt(p):
     "A `Prompt` from one, its text, or its fields."
     return p if isinstance(p, Prompt) else Prompt(**p) if isinstance(p, Mapping) else Prompt(p)
@@ -81,7 +84,7 @@ def prompt_set(name # one of `PROMPT_SETS`, a .txt or .json file, or a list of t
     if name == "stylised": return [Prompt(*p) for p in prompt_data()["stylised"]["prompts"]]
     return [Prompt(*p) for p in prompt_data()["dreambench"][name.removeprefix("dreambench_")]]
 
-# %% ../../nbs/5_evidence/03_questions.ipynb #c010
+# %% ../../nbs/5_evidence/03_questions.ipynb #c010as
 @dataclass(frozen=True, eq=False)
 class Case:
     "A subject under test."
@@ -90,6 +93,7 @@ class Case:
     # what the references' captions share, for rules with the prompt "reference"
     style_prompt: str
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #c010
 def case(folder, # of a saved subject
          references=None, # its images: a folder, a list, or one of TinyWorld's names; None: none
          name=None, # how the tables call it; default: TinyWorld's name, or the folder's
@@ -102,7 +106,7 @@ def case(folder, # of a saved subject
     return Case(subject.folder, References(name, subject.class_noun, tuple(r.image for r in own)),
                 reference_prompt([r.caption for r in own]))
 
-# %% ../../nbs/5_evidence/03_questions.ipynb #n011
+# %% ../../nbs/5_evidence/03_questions.ipynb #n011as
 def _as_case(item, name=None):
     "A case from one, from a folder, or from (folder, references); under another name where one is given."
     if not isinstance(item, Case):
@@ -110,6 +114,7 @@ def _as_case(item, name=None):
         return case(folder, references, name)
     return replace(item, references=replace(item.references, name=name)) if name else item
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #n011
 def as_cases(subjects) -> list[Case]:
     """Cases from a mapping name → folder or (folder, references), or from a list of cases, folders, or
     such pairs. Names must differ."""
@@ -123,9 +128,10 @@ def as_cases(subjects) -> list[Case]:
         raise ValueError(f"subjects: the names {twice} occur twice; give a mapping name → folder")
     return cases
 
-# %% ../../nbs/5_evidence/03_questions.ipynb #c014
+# %% ../../nbs/5_evidence/03_questions.ipynb #c014as
 TRUTHS = {"truth": "true renders", "truth_vae": "true renders, through the VAE"}
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #c014bs
 def _true_image(subject, prompt, seed):
     "What the renderer draws for one prompt about a subject; the seed picks the pose. uint8 [64, 64, 3]."
     if prompt.style is None:
@@ -135,6 +141,7 @@ def _true_image(subject, prompt, seed):
     background = prompt.background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     return render(subject, prompt.style, background, random_pose(rng), seed=int(rng.integers(1 << 31)))
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #c014
 @torch.no_grad()
 def through_vae(images, vae):
     "Images uint8 [N, H, W, 3] after a trip through an autoencoder."
@@ -163,7 +170,7 @@ class Truth:
         if self.needs_vae: images = through_vae(images, vae)
         return [Image.fromarray(image) for image in images]
 
-# %% ../../nbs/5_evidence/03_questions.ipynb #n017
+# %% ../../nbs/5_evidence/03_questions.ipynb #n017as
 def as_rule(r):
     "A rule or a `Truth`, from one or from the text that names it."
     if isinstance(r, (Guidance, Truth)): return r
@@ -171,6 +178,7 @@ def as_rule(r):
         raise ValueError(f"rules: expected a rule or a text such as 'parallel_rescale:text=5', got {r!r}")
     return Truth(r) if r in TRUTHS else parse_rule(r)
 
+# %% ../../nbs/5_evidence/03_questions.ipynb #n017
 def named_rules(rules) -> dict:
     "Label → rule or `Truth`, from a mapping, or from a list of them and of texts. Labels must differ."
     if isinstance(rules, (str, Guidance, Truth)): rules = [rules]

@@ -14,9 +14,10 @@ from .statistics import family_title, matched, mean_interval, paired_differences
 from .statistics import plot_tradeoff
 from ..tools.util import check_name, PACKAGE
 
-# %% ../../nbs/5_evidence/08_evidence.ipynb #c005
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c005as
 RECORDED = PACKAGE / "data" / "evidence"
 
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c005
 def recorded(name: str, # of an experiment in benchmarks/evidence.py
              kind: str | None = "stylised", # of prompts: "stylised", "photo", or None for both
              trained: str | None = None, # how: "dco", "dreambooth 400", …; None for all
@@ -31,13 +32,14 @@ def recorded(name: str, # of an experiment in benchmarks/evidence.py
             table = table[table[column] == check_name(column, value, list(table[column].unique()))]
     return table.reset_index(drop=True)
 
-# %% ../../nbs/5_evidence/08_evidence.ipynb #c008
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c008as
 CELLS = [(trained, regime) for regime in ("same place", "varied") for trained in ("dco", "dreambooth 400")]
 NAMED = {"dco": "DCO", "dreambooth 400": "DreamBooth, 400 steps"}
 
 SCORES = dict(background="the place that was asked for →", alignment="the prompt: place and style →",
               identity="this very subject →")
 
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c008
 def _panel(ax, table, x, y, marked):
     "One trade-off plot; the weights of the `marked` families stand beside their points."
     plot_tradeoff(table, x, y, ax=ax)
@@ -61,13 +63,14 @@ def panels(families, kind, x, y, xlims, ylim, title, marked=()):
     figure.suptitle(title)
     return figure
 
-# %% ../../nbs/5_evidence/08_evidence.ipynb #c013
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c013as
 def paired(table: pd.DataFrame, rule: str, against: str, metric: str) -> dict:
     """Mean over subjects of rule − against on the same noise, with its 95 % interval: difference, low,
     high, subjects."""
     gaps = paired_differences(table, metric, rule, against).difference
     return dict(zip(("difference", "low", "high"), mean_interval(gaps)), subjects=len(gaps))
 
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c013
 def says(found: dict, digits: int = 3) -> str:
     "A difference with its interval: '+0.018 [+0.005, +0.036]', bold where ≥ 8 subjects leave out 0."
     if pd.isna(found["difference"]): return "–"
@@ -75,12 +78,13 @@ def says(found: dict, digits: int = 3) -> str:
     mark = "**" if found["subjects"] >= 8 and (found["low"] > 0 or found["high"] < 0) else ""
     return f"{mark}{number}{mark} [{low}, {high}]"
 
-# %% ../../nbs/5_evidence/08_evidence.ipynb #n013
+# %% ../../nbs/5_evidence/08_evidence.ipynb #n013as
 def mean_of(rule, column, kind=None, trained="dco", regime="same place", experiment="regimes"):
     "One score's mean over subjects, as a text."
     table = recorded(experiment, kind, trained, regime)
     return f"{table[table.rule == rule].groupby('subject')[column].mean().mean():.3f}"
 
+# %% ../../nbs/5_evidence/08_evidence.ipynb #n013
 def curves(table: pd.DataFrame, family: str, against: str, least: float = .8) -> dict:
     """How far one family's curve lies above another's: `alignment` at the same identity, `identity` at
     the same alignment, `oracle` at the same identity."""
@@ -88,11 +92,12 @@ def curves(table: pd.DataFrame, family: str, against: str, least: float = .8) ->
               oracle=("identity", "oracle"))
     return {name: matched(table, family, against, x, y, least) for name, (x, y) in at.items()}
 
-# %% ../../nbs/5_evidence/08_evidence.ipynb #c017
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c017as
 def with_parts(trained, regime) -> pd.DataFrame:
     "The experiment on regimes together with that on parts of the formula, of one cell, all prompts."
     return pd.concat([recorded(name, None, trained, regime) for name in ("regimes", "parts")])
 
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c017bs
 def _curve_row(family, against, trained, regime, **options):
     found = curves(with_parts(trained, regime), family, against, **options)
     start, end = (found["alignment"][k] for k in ("from_x", "to_x"))
@@ -102,6 +107,7 @@ def _curve_row(family, against, trained, regime, **options):
             "oracle at the same identity": says(found["oracle"]),
             "compared at identities": "–" if pd.isna(start) else f"{start:.3f} to {end:.3f}"}
 
+# %% ../../nbs/5_evidence/08_evidence.ipynb #c017
 def curve_table(families, against, **options):
     "Differences between curves, over all ten prompts, a row for each cell and family."
     return markdown_table([_curve_row(f, against, *cell, **options) for cell in CELLS for f in families])

@@ -36,12 +36,13 @@ def worst(table: pd.DataFrame, metric: str, n: int = 8, rule: str | None = None)
     return part.dropna(subset=[metric]).sort_values(metric, ascending=directed(metric) > 0,
                                                     kind="stable").head(n)
 
-# %% ../../nbs/5_evidence/07_report.ipynb #c037
+# %% ../../nbs/5_evidence/07_report.ipynb #c037as
 def _cell(mean, low, high, digits=3):
     "A number with its interval: '0.612 [0.560, 0.663]'; '–' for none."
     if np.isnan(mean): return "–"
     return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
+# %% ../../nbs/5_evidence/07_report.ipynb #c037
 def markdown_table(rows: Sequence[Mapping]) -> str:
     "Rows of texts as a Markdown table; the keys of the first are the heads."
     heads = list(rows[0])
@@ -49,7 +50,7 @@ def markdown_table(rows: Sequence[Mapping]) -> str:
     return "\n".join([line(heads), line("---" for _ in heads),
                       *(line(row[h] for h in heads) for row in rows)])
 
-# %% ../../nbs/5_evidence/07_report.ipynb #n006
+# %% ../../nbs/5_evidence/07_report.ipynb #n006as
 def summary_table(table: pd.DataFrame, metrics=None) -> str:
     "`summarize` as a Markdown table, a row for each rule."
     def row(rule, part):
@@ -57,6 +58,7 @@ def summary_table(table: pd.DataFrame, metrics=None) -> str:
         return {"rule": rule} | cells | {"subjects": part.subjects.max(), "pictures": part.pictures.max()}
     return markdown_table([row(*part) for part in summarize(table, metrics).groupby("rule", sort=False)])
 
+# %% ../../nbs/5_evidence/07_report.ipynb #n006
 def comparison_table(table: pd.DataFrame, against: str, metrics=None) -> str:
     "`compare_rules` as a Markdown table; differences whose interval leaves out 0 are bold."
     def cell(r): return "**" * r.clear + _cell(r.difference, r.low, r.high) + "**" * r.clear
@@ -66,10 +68,11 @@ def comparison_table(table: pd.DataFrame, against: str, metrics=None) -> str:
     found = compare_rules(table, against, metrics)
     return markdown_table([row(*part) for part in found.groupby("rule", sort=False)])
 
-# %% ../../nbs/5_evidence/07_report.ipynb #c039
+# %% ../../nbs/5_evidence/07_report.ipynb #c039as
 TEXT_AXES = ("alignment", "style", "clip_text", "siglip_text")
 IDENTITY_AXES = ("identity", "dino", "identity_photo", "clip_image", "siglip_image")
 
+# %% ../../nbs/5_evidence/07_report.ipynb #c039
 def axes_of(table: pd.DataFrame) -> tuple[str, str] | None:
     """The scores that stand for text and identity: TinyWorld's where they are there, else the encoders';
     None where one is missing."""
@@ -85,7 +88,7 @@ def by_kind(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if table.kind.nunique() < 2: return {"": table}
     return {k: table[table.kind == k] for k in sorted(kinds, key=lambda k: k != "stylised")}
 
-# %% ../../nbs/5_evidence/07_report.ipynb #n008
+# %% ../../nbs/5_evidence/07_report.ipynb #n008as
 def _scores(table, against):
     "Sections: scores and differences, first for stylised prompts, apart for each kind."
     for kind, part in by_kind(table).items():
@@ -95,12 +98,14 @@ def _scores(table, against):
             yield from (f"## Difference from {against}{title}", "Bold where the interval leaves out 0.",
                         comparison_table(part, against))
 
+# %% ../../nbs/5_evidence/07_report.ipynb #n008bs
 def _area(r):
     "A row of `hypervolumes` as texts."
     return dict(family=r.family, settings=r.settings, hypervolume=_cell(r.hypervolume, r.low, r.high),
                 against=r.against, subjects=r.subjects,
                 difference=_cell(r.difference, r.difference_low, r.difference_high))
 
+# %% ../../nbs/5_evidence/07_report.ipynb #n008
 def _tradeoff(table, axes, folder):
     "Section: the curves of the families, and the area under them."
     if not axes or table.rule.nunique() < 2: return
@@ -113,7 +118,7 @@ def _tradeoff(table, axes, folder):
                 f"have more chances.",
                 markdown_table(list(map(_area, hypervolumes(table, *axes).itertuples()))))
 
-# %% ../../nbs/5_evidence/07_report.ipynb #n009
+# %% ../../nbs/5_evidence/07_report.ipynb #n009as
 def _worst(table, axes):
     "Sections: the images with the worst scores, of rules only."
     for m in axes or ():
@@ -122,6 +127,7 @@ def _worst(table, axes):
                  m: f"{getattr(r, m):.3f}"} for r in cells]
         if rows: yield from (f"## Worst {known_metrics().get(m, (m,))[0]}", markdown_table(rows))
 
+# %% ../../nbs/5_evidence/07_report.ipynb #n009
 def _made(manifest, folder):
     "Section: how it was made."
     speed, names = throughput(folder), ("base", "batch_size", "device", "dtype")
@@ -131,16 +137,18 @@ def _made(manifest, folder):
                       f"time scoring"}
     yield from ("## How it was made", markdown_table([{"": k, " ": f"`{v}`"} for k, v in made.items()]))
 
-# %% ../../nbs/5_evidence/07_report.ipynb #c043
+# %% ../../nbs/5_evidence/07_report.ipynb #c043as
 def _few_cells(table, n=6):
     "A few (subject, prompt) cells from all over a table, each with one seed."
     cells = table.drop_duplicates(["subject", "text"])
     return cells.iloc[::max(1, len(cells) // n)].head(n)
 
+# %% ../../nbs/5_evidence/07_report.ipynb #c043bs
 def _page_size(im):
     "An image as it stands on a page, which is no poster."
     return im.resize((256, 256)) if im and im.width > 256 else im
 
+# %% ../../nbs/5_evidence/07_report.ipynb #c043
 def pictures_grid(folder, table: pd.DataFrame, kind: str):
     "A grid of kept images, a row for each of a few cells, a column for each rule; None where none is there."
     from PIL import Image
@@ -154,17 +162,19 @@ def pictures_grid(folder, table: pd.DataFrame, kind: str):
                                  title="A few cells of the grid, every rule from the same noise",
                                  scale=max(1, 96 // max(widths)))
 
-# %% ../../nbs/5_evidence/07_report.ipynb #c044
+# %% ../../nbs/5_evidence/07_report.ipynb #c044as
 def _against(table, asked) -> str:
     "The rule that the others are compared with: the one asked for, else the first that is no truth."
     rules = table.drop_duplicates("rule").set_index("rule").family
     if asked: return check_name("rule", asked, list(rules.index))
     return next((r for r in rules.index if rules[r] not in TRUTHS), rules.index[0])
 
+# %% ../../nbs/5_evidence/07_report.ipynb #c044bs
 def _asked(manifest):
     "How many images a manifest asks for."
     return int(np.prod([len(manifest[k]) for k in ("subjects", "prompts", "seeds", "rules")]))
 
+# %% ../../nbs/5_evidence/07_report.ipynb #c044
 def _head(table, asked):
     "The page's title, and how much was measured."
     counts = " × ".join(f"{table[column].nunique()} {name}" for name, column in dict(

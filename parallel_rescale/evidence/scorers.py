@@ -43,7 +43,7 @@ class References:
     class_noun: str
     images: tuple = ()               # the subject's own
 
-# %% ../../nbs/5_evidence/01_scorers.ipynb #c010
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c010as
 def _questions(images, prompts):
     "Images as Pillow's, and a prompt for each; ValueError where their numbers differ."
     images = [i if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i)) for i in images]
@@ -52,6 +52,7 @@ def _questions(images, prompts):
         raise ValueError(f"prompts: got {len(prompts)} for {len(images)} images")
     return images, prompts
 
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c010
 def _one_each(scorer, name, values, n):
     "A score as float [n]; ValueError for another shape."
     values = np.asarray(values, float)
@@ -73,10 +74,11 @@ def score(scorers, # one scorer or several
             found[name] = _one_each(scorer, name, values, len(images))
     return found
 
-# %% ../../nbs/5_evidence/01_scorers.ipynb #s002
+# %% ../../nbs/5_evidence/01_scorers.ipynb #s002as
 # name → class; score → (what figures call it, 1 where more is better, else −1)
 SCORERS, METRICS = {}, {}
 
+# %% ../../nbs/5_evidence/01_scorers.ipynb #s002
 class Scorer:
     "`scorer(images, prompts, references)` → name of a score → [N]. A subclass with a `name` is known by it."
     metrics = {}
@@ -90,11 +92,12 @@ def clip_score(cosine):
     "CLIPScore (Hessel et al. 2021, arXiv 2104.08718, Eq. 1): 2.5·max(cos, 0)."
     return 2.5 * np.maximum(cosine, 0)
 
-# %% ../../nbs/5_evidence/01_scorers.ipynb #c016
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c016as
 GET_IT = ("{what}: {model!r} cannot be loaded ({why}). It must be a folder with safetensors weights, or a "
           "name on the Hugging Face Hub that is in the local cache or within reach of the network: "
           "`hf download {model} --local-dir {what}` fetches one, and {what}:./{what} names that folder")
 
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c016
 def load_encoder(model, # a folder, or a name on the Hugging Face Hub
                  what: str, # for messages: which scorer asks
                  parts=("AutoModel", "AutoImageProcessor"), # classes of transformers
@@ -110,13 +113,15 @@ def load_encoder(model, # a folder, or a name on the Hugging Face Hub
     network, *processors = map(load, parts)
     return network.eval().requires_grad_(False).to(device), *processors
 
-# %% ../../nbs/5_evidence/01_scorers.ipynb #c017
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c017as
 def _vectors(output):
     "Unit vectors [N, D] from what transformers returns: a tensor, or (from 5 on) an output that holds it."
     return F.normalize((output if torch.is_tensor(output) else output.pooler_output).float(), dim=1).cpu()
 
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c017bs
 def _batches(items, size): return [items[i:i + size] for i in range(0, len(items), size)]
 
+# %% ../../nbs/5_evidence/01_scorers.ipynb #c017
 class _Encoder(Scorer):
     "What the pretrained scorers share: a model loaded on first use, and references encoded once."
     parts = ("AutoModel", "AutoImageProcessor")

@@ -18,11 +18,12 @@ from .scorers import known_metrics
 from ..method.registry import known_rules
 from ..tools.util import check_name
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #c009
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c009as
 def resamples(n_subjects: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
     "Numbers of subjects drawn with replacement: [draws, n_subjects]."
     return np.random.default_rng(seed).integers(n_subjects, size=(draws, n_subjects))
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c009
 def levels(n_subjects: int) -> tuple[float, float]:
     """The quantiles of redrawn means that make a 95 % interval (Hesterberg 2014, arXiv 1411.5279,
     expanded percentile interval)."""
@@ -30,7 +31,7 @@ def levels(n_subjects: int) -> tuple[float, float]:
     low = float(norm.cdf(-spread * student.ppf(.975, n_subjects - 1)))
     return low, 1 - low
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #n010
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n010as
 def interval(statistic, # values [S, …] → number or array of numbers; called on redrawn subjects
              values: np.ndarray, # [S, …], a row for each subject
              draws: int = 2000, seed: int = 0):
@@ -41,6 +42,7 @@ def interval(statistic, # values [S, …] → number or array of numbers; called
     found = np.array([statistic(values[index]) for index in resamples(len(values), draws, seed)])
     return estimate, *np.nanquantile(found, levels(len(values)), axis=0)
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n010
 def mean_interval(values) -> tuple[float, float, float]:
     "(mean, low, high) of one number for each subject; subjects without a number (NaN) do not count."
     values = np.asarray(values, float)
@@ -49,20 +51,23 @@ def mean_interval(values) -> tuple[float, float, float]:
     means = values[resamples(len(values))].mean(1)
     return float(values.mean()), *map(float, np.quantile(means, levels(len(values))))
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #c014
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c014as
 TOLD = {"subject", "rule", "family", "prompt", "text", "kind", "prompt_style", "prompt_background", "seed",
         "noise", "pictures"}     # columns of a table that are no scores
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c014bs
 def metrics_of(table: pd.DataFrame) -> list[str]:
     "The columns of a table that are scores, the known ones first."
     known = [m for m in known_metrics() if m in table]
     return known + [c for c in table if c not in known and c not in TOLD
                     and pd.api.types.is_numeric_dtype(table[c])]
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c014cs
 def _pictures(table) -> int:
     "How many images a table speaks of: its rows, or in a table of means the sum of its column `pictures`."
     return int(table["pictures"].sum()) if "pictures" in table else len(table)
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c014
 def _scored(table, metrics):
     "Names of a table's scores, by default all; ValueError where one is not there."
     if metrics is None: return metrics_of(table)
@@ -96,11 +101,12 @@ def paired_differences(table: pd.DataFrame, metric: str, rule: str, against: str
     gaps["pairs"] = a["pictures"] if "pictures" in a else 1
     return gaps.groupby("subject").agg(dict(difference="mean", pairs="sum")).reset_index()
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #n015
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n015as
 def _clear(low, high, subjects) -> bool:
     "Whether an interval leaves out 0; of fewer than eight subjects it knows too little to say."
     return bool(subjects >= 8 and (low > 0 or high < 0))
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n015
 def compare_rules(table: pd.DataFrame, # of `load_scores`
                   against: str, # the rule that the others are compared with
                   metrics=None, rules=None, # default: all
@@ -117,11 +123,12 @@ def compare_rules(table: pd.DataFrame, # of `load_scores`
     rules = table.rule.unique() if rules is None else rules
     return pd.DataFrame([row(r, m) for r in rules if r != against for m in _scored(table, metrics)])
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #c020
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c020as
 def directed(metric: str) -> int:
     "1 where more of a score is better, −1 where less is."
     return known_metrics().get(metric, (metric, 1))[1]
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c020
 def tradeoff_points(table: pd.DataFrame, x: str, y: str) -> tuple[pd.DataFrame, np.ndarray]:
     "(rules with their families, means [S, rules, 2] of both scores by subject)."
     _scored(table, [x, y])
@@ -133,19 +140,20 @@ def tradeoff_points(table: pd.DataFrame, x: str, y: str) -> tuple[pd.DataFrame, 
                          f"{sorted(missing)[0]}; finish the evaluation, or leave them out")
     return rules, means.loc[cells].to_numpy().reshape(-1, len(rules), 2)
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #n016
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n016as
 def family_color(family: str) -> str:
     "The colour of a family of rules, or of a variant (\"style_contrast, per location\"); truths are grey."
     name = family.partition(",")[0]
     return known_rules()[name].color if name in known_rules() else "0.45"
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n016
 def family_title(family: str) -> str:
     "How figures call a family of rules, a variant, or a truth."
     name, comma, variant = family.partition(",")
     title = known_rules()[name].title if name in known_rules() else ""
     return TRUTHS.get(family) or (title or name.replace("_", " ")) + comma + variant
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #c022
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c022as
 def _plot_family(ax, family, points):
     "A family's means [S, settings, 2] as a curve with intervals; a truth as crosses, a variant dashed."
     # [settings, 2, (mean, low, high)]
@@ -157,6 +165,7 @@ def _plot_family(ax, family, points):
     if family in TRUTHS: line = dict(marker="x", ms=6, ls="")
     ax.plot(*mean.T, color=color, label=family_title(family), **line)
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #c022
 def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax=None,
                   title: str | None = None):
     "One curve a family, a point for each rule in the table's order with 95 % intervals. Returns the axes."
@@ -189,13 +198,14 @@ def curve_gap(a: np.ndarray, b: np.ndarray, # polylines [points, 2], each in the
     x = np.linspace(low, high, n)
     return float(np.mean(np.interp(x, *a.T) - np.interp(x, *b.T)))
 
-# %% ../../nbs/5_evidence/06_statistics.ipynb #n021
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n021as
 def _settings(rules, family):
     "Numbers of a family's rules; ValueError where they make no curve."
     which = np.flatnonzero(rules.family == check_name("family", family, list(rules.family.unique())))
     if len(which) < 2: raise ValueError(f"matched: {family} has one setting, and a curve needs two")
     return which
 
+# %% ../../nbs/5_evidence/06_statistics.ipynb #n021
 def matched(table: pd.DataFrame, family: str, against: str, x: str = "style", y: str = "identity",
             least: float = -np.inf) -> dict:
     """How much more y one family's curve has than another's at matched x ≥ `least`: difference, low, high

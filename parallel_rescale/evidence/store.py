@@ -26,7 +26,7 @@ from ..tools.util import check_name, default_device, write_atomically
 from ..world.judge import JUDGE_FILE
 from ..world.tinyworld import SIZE, SUBJECTS
 
-# %% ../../nbs/5_evidence/04_store.ipynb #c020
+# %% ../../nbs/5_evidence/04_store.ipynb #c020as
 @dataclass(frozen=True)
 class Job:
     "One batch: what one call of the pipeline generates."
@@ -35,6 +35,7 @@ class Job:
     rule: str                        # its label
     cells: tuple                     # ((number of the prompt, seed), …)
 
+# %% ../../nbs/5_evidence/04_store.ipynb #c020
 def deal_jobs(subjects: Sequence[str], rules: Sequence[str], n_prompts: int, seeds: Sequence[int],
               batch_size: int) -> list[Job]:
     "The grid as jobs: subject by subject, batch by batch, all rules in turn."
@@ -43,7 +44,7 @@ def deal_jobs(subjects: Sequence[str], rules: Sequence[str], n_prompts: int, see
     dealt = ((subject, rule, batch) for subject in subjects for batch in batches for rule in rules)
     return [Job(i, *job) for i, job in enumerate(dealt)]
 
-# %% ../../nbs/5_evidence/04_store.ipynb #c023
+# %% ../../nbs/5_evidence/04_store.ipynb #c023as
 def _ends_of(path) -> bytes:
     "A file's name and size, first and last megabyte."
     size = path.stat().st_size
@@ -52,6 +53,7 @@ def _ends_of(path) -> bytes:
         f.seek(max(0, size - (1 << 20)))
         return f"{path.name} {size}".encode() + first + f.read()
 
+# %% ../../nbs/5_evidence/04_store.ipynb #c023
 def digest_of_files(*paths, images=()) -> str:
     """A short digest of safetensors files (their ends), of those under folders, and of images; a name on
     the Hub has none, and gives ''."""
@@ -62,12 +64,13 @@ def digest_of_files(*paths, images=()) -> str:
     for image in images: digest.update(f"{image.size}".encode() + image.tobytes())
     return digest.hexdigest()[:16] if files or images else ""
 
-# %% ../../nbs/5_evidence/04_store.ipynb #n024
+# %% ../../nbs/5_evidence/04_store.ipynb #n024as
 def _plain(value):
     "A rule or a scorer such that any two can be told apart; where a function lies in memory says nothing."
     if isinstance(value, (Guidance, Truth)): return value.signature()
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n024
 def _told(case):
     "What a manifest says of a case."
     return dict(token=Subject.load(case.folder).token, class_noun=case.references.class_noun,
@@ -120,18 +123,20 @@ def check_size(scorer: str, base: str, sampler: dict):
         raise ValueError(f"scorers: {scorer!r} is TinyWorld's judge and looks at {SIZE}×{SIZE} pictures, "
                          f"and {base} will draw {width}×{height}; use scorers=('clip', 'dino')")
 
-# %% ../../nbs/5_evidence/04_store.ipynb #n030
+# %% ../../nbs/5_evidence/04_store.ipynb #n030as
 def _as_seeds(seeds) -> list[int]:
     "Seeds from their number or a list; ValueError for none, a negative or a double one."
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds): return seeds
     raise ValueError(f"seeds: expected a number of seeds ≥ 1, or different whole numbers ≥ 0, got {seeds}")
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n030bs
 def _whole(name, value) -> int:
     "A whole number ≥ 1, or one error that says whose argument it is."
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1: return value
     raise ValueError(f"{name}: expected a whole number ≥ 1, got {value!r}")
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n030
 def _base_of(cases, base) -> tuple[str, dict]:
     "(base model, how it was loaded) for the cases' subjects; ValueError where they were made for several."
     subjects = [Subject.load(c.folder) for c in cases]
@@ -142,7 +147,7 @@ def _base_of(cases, base) -> tuple[str, dict]:
     vae = {"vae": subjects[0].vae} if subjects[0].vae else {}
     return str(bases.pop()), dict(subjects[0].base_options, **vae)
 
-# %% ../../nbs/5_evidence/04_store.ipynb #n031
+# %% ../../nbs/5_evidence/04_store.ipynb #n031as
 def _as_scorers(scorers, device, base, sampler) -> list:
     "Scorers from one or several, or their names; ValueError where they cannot judge what will be made."
     one = isinstance(scorers, str) or callable(scorers)
@@ -151,12 +156,14 @@ def _as_scorers(scorers, device, base, sampler) -> list:
     if tiny: check_size(tiny[0], base, sampler)
     return made
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n031bs
 def _as_dtype(dtype, device, base) -> str:
     "A dtype by name; default: half precision for large models on CUDA."
     half = str(device).startswith("cuda") and base != TINY_SDXL
     return check_name("dtype", dtype or ("float16" if half else "float32"),
                       ("float32", "float16", "bfloat16"))
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n031
 def _check_truths(rules, cases):
     "ValueError where the truth is asked for of a subject that TinyWorld does not know."
     if any(isinstance(r, Truth) for r in rules.values()):
@@ -180,9 +187,10 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
                 _as_dtype(dtype, device, base), loading, checked_rows(max_rows),
                 threads or torch.get_num_threads())
 
-# %% ../../nbs/5_evidence/04_store.ipynb #c027
+# %% ../../nbs/5_evidence/04_store.ipynb #c027as
 MANIFEST, PARTS, SCORES = "manifest.json", "parts", "scores.csv"
 
+# %% ../../nbs/5_evidence/04_store.ipynb #c027bs
 def read_manifest(folder) -> dict:
     "The manifest of a results folder."
     path = Path(folder) / MANIFEST
@@ -191,6 +199,7 @@ def read_manifest(folder) -> dict:
         raise ValueError(f"{folder} is no results folder: it has no {MANIFEST}") from None
     except ValueError as error: raise ValueError(f"{path} is not valid JSON ({error})") from None
 
+# %% ../../nbs/5_evidence/04_store.ipynb #c027
 def _difference(old, new) -> str:
     "A few words on how two values of a manifest differ."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -201,13 +210,14 @@ def _difference(old, new) -> str:
         return f"({len(old)} there, {len(new)} here)"
     return f"({str(old)[:60]} there, {str(new)[:60]} here)"
 
-# %% ../../nbs/5_evidence/04_store.ipynb #n034
+# %% ../../nbs/5_evidence/04_store.ipynb #n034as
 def _new_results(folder, manifest):
     "Begin a results folder; ValueError where the folder holds something else."
     if folder.is_file() or folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise ValueError(f"output: {folder} holds something else than an evaluation; choose another folder")
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n034
 def _check_same(folder, old, new):
     "ValueError where two manifests are two evaluations; a warning where only versions differ."
     differs = [f"{k} {_difference(old.get(k), new.get(k))}" for k in {**new, **old}
@@ -238,7 +248,7 @@ def picture_name(subject: str, rule: str, prompt: int, seed: int, kind: str) -> 
     "Where a cell's image lies in the results folder."
     return f"pictures/{_slug(subject)}/{_slug(rule)}/{prompt:03d}_{seed}.{kind}"
 
-# %% ../../nbs/5_evidence/04_store.ipynb #n037
+# %% ../../nbs/5_evidence/04_store.ipynb #n037as
 def save_result(folder, result: dict) -> None:
     "Write a job's images, and then its part, which says that it is done."
     folder = Path(folder)
@@ -247,10 +257,12 @@ def save_result(folder, result: dict) -> None:
     write_atomically(folder / PARTS / f"{result['job']:06d}.json",
                      json.dumps(part, ensure_ascii=False).encode())
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n037bs
 def done_jobs(folder) -> set[int]:
     "The numbers of the jobs that are done."
     return {int(path.stem) for path in (Path(folder) / PARTS).glob("[0-9]*.json")}
 
+# %% ../../nbs/5_evidence/04_store.ipynb #n037
 def _parts(folder) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8"))
             for path in sorted((Path(folder) / PARTS).glob("[0-9]*.json"))]

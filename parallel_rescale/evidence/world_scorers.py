@@ -29,13 +29,15 @@ def true_renders(name: str, style: str, background: str, n: int, seed: int = 0) 
     return np.stack([render(SUBJECTS[name], style, background, random_pose(rng),
                             seed=int(rng.integers(1 << 31))) for _ in range(n)])
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c026
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c026as
 APPEARANCE = ("lightness", "contrast", "saturation", "colourfulness", "red-green", "yellow-blue",
               "gradient", "flat share", "edge share", "fine detail")
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c026bs
 def _mean(a): return a.mean((1, 2))
 def _std(a): return a.std((1, 2))
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c026
 def _texture(light):
     "Length of the gradient, and distance of each pixel from the mean of its four neighbours."
     dy, dx = np.diff(light, axis=1)[:, :, :-1], np.diff(light, axis=2)[:, :-1]
@@ -57,13 +59,14 @@ def appearance(images) -> np.ndarray:
                      _mean(rg), _mean(yb), _mean(slope), _mean(slope < .01), _mean(slope > .15),
                      _mean(detail)], 1).astype(float)
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n029
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n029as
 @dataclass(frozen=True, eq=False)
 class TruthBank:
     "What true renders of one subject look like: arrays over [style, background, n]."
     answers: dict                    # what the judge says, by name: each [S, B, n, D]
     appearance: np.ndarray           # [S, B, n, K] `appearance`
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n029
 @lru_cache(maxsize=32)
 def truth_bank(name: str, n: int = 8, seed: int = 2026) -> TruthBank:
     "The `TruthBank` of a subject, n renders for each style and background; kept for the next call."
@@ -72,17 +75,19 @@ def truth_bank(name: str, n: int = 8, seed: int = 2026) -> TruthBank:
     seen = {k: np.asarray(v, float).reshape(grid) for k, v in judge_images(load_judge(), images).items()}
     return TruthBank(seen, appearance(images).reshape(grid))
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c028
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c028as
 def _cells(prompts):
     "(style, background) numbers of prompts, −1 where a prompt names none: int [N, 2]."
     return np.array([[STYLES.index(p.style) if p.style else -1,
                       BACKGROUNDS.index(p.background) if p.background else -1] for p in prompts])
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c028bs
 def _of_cell(bank, style, background):
     "The part of a bank's [S, B, n, …] that a prompt speaks of, as [m, …]; −1 takes every background."
     part = bank[style] if background < 0 else bank[style, background:background + 1]
     return part.reshape(-1, *bank.shape[3:])
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c028
 def _pixels(images, who):
     "Images as a tensor for the judge; ValueError where they are not TinyWorld's size."
     odd = next((im.size for im in images if im.size != (SIZE, SIZE)), None)
@@ -91,26 +96,28 @@ def _pixels(images, who):
                          f"{odd[0]}×{odd[1]}; use clip and dino for other models")
     return as_tensor([im.convert("RGB") for im in images])
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n031
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n031as
 class _TinyWorld(Scorer):
     "What TinyWorld's scorers share: no arguments but a name."
     def __init__(self, device=None): self.device = device      # the judge is small: it stays on the CPU
     def __repr__(self): return self.name
     def seen(self, images): return judge_images(load_judge(), _pixels(images, self.name))
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n031
 def mean_there(*scores):
     "Mean of several scores [N] over those that are numbers; NaN where none is."
     values = np.stack([np.asarray(s, float) for s in scores])
     there = ~np.isnan(values)
     return np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n033
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n033as
 def _probability(logits, index):
     "P(class `index`) of each row of logits [N, C]; NaN where the index is −1."
     index = torch.as_tensor(index)
     p = logits.softmax(1).gather(1, index.clamp(min=0)[:, None])[:, 0]
     return torch.where(index < 0, torch.nan, p)
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n033
 def _direction(bank, style, background):
     "Unit vector of a cell's mean embedding in a bank [S, B, n, D]; of all cells where no style is named."
     cell = _of_cell(bank, style, background) if style >= 0 else bank.reshape(-1, bank.shape[-1])
@@ -153,13 +160,14 @@ def shared_place(references: References, sure: float = .5) -> int:
     least = seen["background"].softmax(1).min(0).values
     return int(least.argmax()) if least.max() > sure else -1
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n035
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n035as
 def worn_accessories(vector # [N, V], the judge's guess of `instance_vector`
                     ): # [N, A] in [0, 1]
     "How sure the judge is of each of `ACCESSORIES`."
     first = VECTOR_NAMES.index(f"accessory {ACCESSORIES[0]}")
     return vector[:, first:first + len(ACCESSORIES)].clamp(0, 1)
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n035
 @torch.no_grad()
 def shared_outfit(references: References, sure: float = .6) -> int:
     """The number in `ACCESSORIES` of what the references show and the subject does not own, −1 for none.
@@ -190,13 +198,14 @@ class SharedScorer(_TinyWorld):
         return {"shared_place": np.where(elsewhere, seen["background"].softmax(1)[:, place], np.nan),
                 "shared_outfit": worn}
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c032
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c032as
 def _shrunk(covariance):
     "Covariance [D, D] drawn towards its diagonal, so that it can be inverted."
     # a few hundred renders do not settle every correlation: a third of the weight goes to the variances alone
     variances = np.diag(covariance)
     return (2 * covariance + np.diag(variances)) / 3 + 1e-3 * variances.mean() * np.eye(len(covariance))
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c032
 def whitening(truth: np.ndarray # [S, B, n, D]
              ) -> tuple[np.ndarray, np.ndarray]:
     "(means [S, B, D], W [D, D]) with WᵀW = Σ⁻¹; Σ: the covariance within a cell, pooled, shrunk."
@@ -205,17 +214,20 @@ def whitening(truth: np.ndarray # [S, B, n, D]
     covariance = rest.T @ rest / (len(rest) * (1 - 1 / truth.shape[2]))
     return means, np.linalg.cholesky(np.linalg.inv(_shrunk(covariance))).T
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n036
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n036as
 ORACLE = ("features", "identity", "cls", "vector")     # what the oracle looks at
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n036bs
 @lru_cache(maxsize=32)
 def _whitened(name): return {k: whitening(truth_bank(name).answers[k]) for k in ORACLE}
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n036cs
 def _squares(f, means, w, cell):
     "(f − μ)ᵀ Σ⁻¹ (f − μ) / D of an answer f [D], for each background that a cell allows."
     rest = f.double().numpy() - _of_cell(means[:, :, None], *cell)
     return np.mean((w @ rest.T) ** 2, axis=0)
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #n036
 class OracleScorer(_TinyWorld):
     """`oracle`: distance of what the judge sees from what it sees in true renders of this subject in this
     style and background, equation (1); about 1 for the truth."""
@@ -231,7 +243,7 @@ class OracleScorer(_TinyWorld):
             return np.sqrt(squares.min())                      # any background: the nearest
         return {"oracle": np.array([distance(i, cell) for i, cell in enumerate(_cells(prompts))])}
 
-# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c036
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c036as
 def _leak(a, bank, variance, style, background):
     "Equation (2) for an appearance a [K] and a bank [S, B, n, K]; NaN where there is nothing to leak."
     photo = STYLES.index("photo")
@@ -240,6 +252,7 @@ def _leak(a, bank, variance, style, background):
     w = (way - mu) / variance
     return (a - mu) @ w / ((way - mu) @ w)
 
+# %% ../../nbs/5_evidence/02_world_scorers.ipynb #c036
 class LeakScorer(_TinyWorld):
     """`leak`: where an image's colour and texture lie between true renders in the style asked for (0)
     and true photos (1), equation (2); `leak_photo`: P(photo)."""
