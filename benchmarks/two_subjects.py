@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from parallel_rescale import SeveralSubjects, TINY_SDXL
-from parallel_rescale.evidence.evaluation import draw_truth, load_pipeline
+from parallel_rescale.evidence.evaluation import load_pipeline
 from parallel_rescale.tools.util import quietly
-from parallel_rescale.evidence.questions import noise_seed, prompt_set
+from parallel_rescale.evidence.questions import noise_seed, prompt_set, Truth
 from parallel_rescale.tools.util import write_atomically
 from parallel_rescale.evidence.scorers import References, score
 from parallel_rescale.evidence.world_scorers import JudgeScorer
@@ -67,7 +67,7 @@ def tables(pair, work):
     a, b = (name.split("_")[0] for name in pair)
     seeds, pipe = [noise_seed(0, f"{a}+{b}", p.text) for p in PROMPTS], None
     yield "half way", bound(pair)
-    for which, name in zip(("first", "second"), pair): yield f"{which}, true renders", scored(draw_truth(name, PROMPTS, seeds), pair)
+    for which, name in zip(("first", "second"), pair): yield f"{which}, true renders", scored(Truth().generate(name, PROMPTS, seeds), pair)
     for name, rule in rules(a, b).items():
         file = work / f"{a}+{b}" / f"{name.replace(' : ', '-').replace(', ', ' ').replace(' ', '_')}.csv"
         if not file.exists():

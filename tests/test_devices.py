@@ -32,13 +32,12 @@ PICTURES = "from a picture or table in the memory of the CPU; the caller moves i
 ON_CPU = "the toy lives on the CPU"
 WITHOUT_DEVICE = {  # module.function → why its factories may stand without device=
     "consistency.sample_by_hand": DRAWN, "data.draw": DRAWN,
-    "data.cut": PICTURES, "data.encode_images": PICTURES, "evaluation.draw_truth": PICTURES, "judge.as_tensor": PICTURES,
+    "data.cut": PICTURES, "data.encode_images": PICTURES, "questions.through_vae": PICTURES, "judge.as_tensor": PICTURES,
     "step.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
     "adapter_rows._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
     "adapter_rows._placed": "stands for the device that offloading has moved the weights to: the CPU",
-    "evaluation.unet_throughput": "device is in **like",
     "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
-    "world_scorers.JudgeScorer.__call__.probability": "an index, which indexing takes from the CPU too",
+    "world_scorers._probability": "an index, which indexing takes from the CPU too",
     "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
     "training2": "as training",
     "toy": ON_CPU,

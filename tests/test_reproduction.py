@@ -59,7 +59,8 @@ def run_cells(monkeypatch, folder, photographs, scorers, until=None):
     matplotlib.use("Agg")
     for name, value in dict(SDXL=TINY_SDXL, DREAMBOOTH=str(photographs)).items(): monkeypatch.setitem(os.environ, name, value)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1); monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_PROMPTS", previews.SAMPLE_PROMPTS[:1])
+    monkeypatch.setattr(previews, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(previews, "SAMPLE_PROMPTS", previews.SAMPLE_PROMPTS[:1])
     sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     asked = "REAL = bool(SDXL) and torch.cuda.is_available()"
     assert sum(asked in source for source in sources) == 1
