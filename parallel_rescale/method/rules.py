@@ -58,6 +58,7 @@ class SubjectGuidance(Guidance):
     def combine(self, null, base, *others):
         return cfg(null, base, self.text) + self.consistency * self.direction(null, base, *others)
 
+# %% ../../nbs/1_method/06_rules.ipynb #g002
 @dataclass(frozen=True, repr=False)
 class ConsistencyGuidance(SubjectGuidance):
     "DCO's sampler (arXiv 2402.12004): the direction is g_cons."
