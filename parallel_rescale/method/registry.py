@@ -72,7 +72,8 @@ def rule(spec: str, /, # a name of `known_rules()`, or "name:argument=value,…"
         ) -> Guidance:
     """The guidance rule that `spec` names, as in `rule("parallel_rescale:text=3,consistency=2")`.
 
-    Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and `interval`."""
+    Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and
+    `interval`."""
     name, _, rest = spec.partition(":")
     name = name.strip().replace("-", "_")
     rules = known_rules()

@@ -18,7 +18,8 @@ class _Wrapper(Guidance):
 
     def __post_init__(self):
         if not isinstance(self.rule, Guidance):
-            raise ValueError(f"{type(self).__name__.lower()}: rule must be a guidance rule, got {self.rule!r}")
+            name = type(self).__name__.lower()
+            raise ValueError(f"{name}: rule must be a guidance rule, got {self.rule!r}")
 
     @property
     def name(self): return self.rule.name
@@ -62,7 +63,8 @@ class Interval(_Wrapper):
 
 # %% ../../nbs/1_method/07_schedules.ipynb #g004
 def interval(rule: Guidance, start: float, stop: float) -> Guidance:
-    """`rule` on the steps with start <= i/n < stop; outside, its most specific prediction alone (the last branch).
+    """`rule` on the steps with start <= i/n < stop; outside, its most specific prediction alone (the last
+    branch).
 
     Kynkäänniemi et al. 2024 (arXiv 2404.07724) for CFG. `interval(rule, 0, 1)` is `rule`."""
     return Interval(rule, start, stop)
@@ -106,9 +108,9 @@ class Every(_Wrapper):
 
 # %% ../../nbs/1_method/07_schedules.ipynb #g008
 def every(rule: Guidance, k: int) -> Guidance:
-    """`rule` in full on every k-th step; in between one branch, the anchor, and the last full step's offset from it:
-    ε = anchor now + (guided − anchor) then.
+    """`rule` in full on every k-th step; in between one branch, the anchor, and the last full step's offset
+    from it: ε = anchor now + (guided − anchor) then.
 
-    The anchor is the base model's prediction for the base prompt where the rule has one (so what is reused are
-    the directions g_text and g_cons), else the rule's last branch. `every(rule, 1)` is `rule`."""
+    The anchor is the base model's prediction for the base prompt where the rule has one (so what is reused
+    are the directions g_text and g_cons), else the rule's last branch. `every(rule, 1)` is `rule`."""
     return Every(rule, k)

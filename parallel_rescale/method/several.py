@@ -69,6 +69,7 @@ def _shares(value, n):
         raise ValueError(f"SeveralSubjects: shares must be a number for each of {n} subjects, got {value!r}")
     return shares
 
+# %% ../../nbs/1_method/12_several.ipynb #g002
 def _box(value):
     "A region by name, or its box."
     if isinstance(value, str): return REGIONS[check_name("region", value, REGIONS)]
