@@ -36,7 +36,7 @@ def _decode(vae, latents): # pictures [B, 3, H, W] in [-1, 1]
 
 # %% ../../nbs/1_method/03_consistency.ipynb #c011
 def _predictor(pipe, batch):
-    "A function (x, t, embeddings) → the UNet's prediction, for `batch` square images of the model's own size."
+    "A function (x, t, embeddings) → the UNet's prediction, for `batch` images of the model's own size."
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     sizes = pipe.unet.conv_in.weight.new_tensor([[side, side, 0, 0, side, side]]).repeat(batch, 1)
     def predict(x, t, embeds):
@@ -44,6 +44,7 @@ def _predictor(pipe, batch):
         return pipe.unet(x, t, embeds[0], added_cond_kwargs=added).sample
     return predict
 
+# %% ../../nbs/1_method/03_consistency.ipynb #c011ax
 def _embeddings(pipe, prompts, base_prompts):
     "What the text encoders make of the empty prompt and the base prompts, adapter off, and of the subject's."
     def encode(texts):
@@ -53,6 +54,7 @@ def _embeddings(pipe, prompts, base_prompts):
     pipe.enable_lora()
     return null, base, encode(prompts)
 
+# %% ../../nbs/1_method/03_consistency.ipynb #c011bx
 def _noise(pipe, batch, seed):
     "The latents to start from, after `set_timesteps`; drawn on the CPU, so the same on every device."
     unet = pipe.unet
@@ -87,7 +89,7 @@ def sample_by_hand(pipe, # a diffusers StableDiffusionXLPipeline with a subject'
 EXAMPLE_SUBJECTS = {"varied": "subject_pixel", "same place": "subject_pixel_wall"}
 
 def load_example_subject(pipe, # a diffusers StableDiffusionXLPipeline of the embedded model
-                         references: str = "varied", # what it learned from: "varied" (four places), "same place"
+                         references: str = "varied", # what it learned from, one of `EXAMPLE_SUBJECTS`
                         ) -> tuple[str, str]: # the word for the subject, and its class noun
     "Load a subject that comes with the package, Pixel the cat, by the means of diffusers alone."
     from safetensors.torch import load_file

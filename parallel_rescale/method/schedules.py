@@ -39,6 +39,7 @@ class _Wrapper(Guidance):
 # %% ../../nbs/1_method/07_schedules.ipynb #c037
 def _only(prediction): return prediction
 
+# %% ../../nbs/1_method/07_schedules.ipynb #c037ax
 @dataclass(frozen=True, repr=False)
 class Interval(_Wrapper):
     "See `interval`."
