@@ -316,7 +316,7 @@ def test_registry():
 def test_a_rule_is_a_value(r):
     import parallel_rescale as g
     assert r == copy.deepcopy(r) and hash(r) == hash(copy.deepcopy(r)) and pickle.loads(pickle.dumps(r)) == r
-    assert eval(repr(r), {**vars(g), type(r).__name__: type(r)}) == r
+    assert eval(repr(r), {**{n: getattr(g, n) for n in g.__all__}, type(r).__name__: type(r)}) == r
     assert label(r) == r.label and 0 < len(r.label) < 60
     assert r.needs_subject
     with pytest.raises(Exception): r.name2 = 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from parallel_rescale import style_contrast as module
+from parallel_rescale.method import style_contrast as module
 from parallel_rescale.method.classifier_free import cfg
 from parallel_rescale.machine.denoiser import guided
 from parallel_rescale.machine.prompts import encode_prompts

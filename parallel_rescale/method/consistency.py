@@ -35,30 +35,46 @@ def _decode(vae, latents): # pictures [B, 3, H, W] in [-1, 1]
     finally: vae.to(dtype)
 
 # %% ../../nbs/1_method/03_consistency.ipynb #c011
+def _predictor(pipe, batch):
+    "A function (x, t, embeddings) → the UNet's prediction, for `batch` images of the model's own size."
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    sizes = pipe.unet.conv_in.weight.new_tensor([[side, side, 0, 0, side, side]]).repeat(batch, 1)
+    def predict(x, t, embeds):
+        added = dict(text_embeds=embeds[1], time_ids=sizes)
+        return pipe.unet(x, t, embeds[0], added_cond_kwargs=added).sample
+    return predict
+
+# %% ../../nbs/1_method/03_consistency.ipynb #c011ax
+def _embeddings(pipe, prompts, base_prompts):
+    "What the text encoders make of the empty prompt and the base prompts, adapter off, and of the subject's."
+    def encode(texts):
+        return pipe.encode_prompt(texts, device=pipe.unet.device, do_classifier_free_guidance=False)[::2]
+    pipe.disable_lora()
+    null, base = encode([""] * len(prompts)), encode(base_prompts)
+    pipe.enable_lora()
+    return null, base, encode(prompts)
+
+# %% ../../nbs/1_method/03_consistency.ipynb #c011bx
+def _noise(pipe, batch, seed):
+    "The latents to start from, after `set_timesteps`; drawn on the CPU, so the same on every device."
+    unet = pipe.unet
+    shape = (batch, unet.config.in_channels, *2 * [unet.config.sample_size])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return noise.to(unet.device, unet.dtype) * pipe.scheduler.init_noise_sigma
+
+# %% ../../nbs/1_method/03_consistency.ipynb #g002
 @torch.no_grad()
 def sample_by_hand(pipe, # a diffusers StableDiffusionXLPipeline with a subject's LoRA loaded
-                   prompts: list[str], # c_subj, one picture each
+                   prompts: list[str], # c_subj, one image each
                    base_prompts: list[str], # c_base, one for each prompt
                    combine=lambda null, base, subject: consistency_guidance(null, base, subject, 7.5, 3.0),
                    steps: int = 20, seed: int = 0,
                   ): # (images [B, 3, H, W] in [-1, 1], records: per step a dict of t, null, base, subject)
     "The plain sampler: three UNet calls a step, the adapter off for the first two; keeps every prediction."
-    unet, scheduler = pipe.unet, pipe.scheduler
-    side = unet.config.sample_size * pipe.vae_scale_factor
-    sizes = unet.conv_in.weight.new_tensor([[side, side, 0, 0, side, side]]).repeat(len(prompts), 1)
-    def encode(texts):
-        return pipe.encode_prompt(texts, device=unet.device, do_classifier_free_guidance=False)[::2]
-    def predict(x, t, embeds):
-        return unet(x, t, embeds[0], added_cond_kwargs=dict(text_embeds=embeds[1], time_ids=sizes)).sample
-
-    pipe.disable_lora()
-    null_embeds, base_embeds = encode([""] * len(prompts)), encode(base_prompts)
-    pipe.enable_lora()
-    subject_embeds = encode(prompts)
-    scheduler.set_timesteps(steps, device=unet.device)
-    shape = (len(prompts), unet.config.in_channels, *2 * [unet.config.sample_size])
-    noise, records = torch.randn(shape, generator=torch.Generator().manual_seed(seed)), []
-    x = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+    scheduler, predict = pipe.scheduler, _predictor(pipe, len(prompts))
+    null_embeds, base_embeds, subject_embeds = _embeddings(pipe, prompts, base_prompts)
+    scheduler.set_timesteps(steps, device=pipe.unet.device)
+    x, records = _noise(pipe, len(prompts), seed), []
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
         pipe.disable_lora()
@@ -73,7 +89,7 @@ def sample_by_hand(pipe, # a diffusers StableDiffusionXLPipeline with a subject'
 EXAMPLE_SUBJECTS = {"varied": "subject_pixel", "same place": "subject_pixel_wall"}
 
 def load_example_subject(pipe, # a diffusers StableDiffusionXLPipeline of the embedded model
-                         references: str = "varied", # what it was taught from: "varied" (four places) or "same place"
+                         references: str = "varied", # what it learned from, one of `EXAMPLE_SUBJECTS`
                         ) -> tuple[str, str]: # the word for the subject, and its class noun
     "Load a subject that comes with the package, Pixel the cat, by the means of diffusers alone."
     from safetensors.torch import load_file

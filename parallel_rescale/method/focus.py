@@ -58,9 +58,11 @@ class OwnWords(SubjectGuidance):
 def strongest(g, # a direction [B, C, H, W]
               share: float, # s in [0, 1]
              ): # bool [B, 1, H, W]
-    """Eq. (4): the `share` of each sample's locations at which `g`, smoothed over a fifth of the picture's side, is longest.
+    """Eq. (4): the `share` of each sample's locations at which `g`, smoothed over a fifth of the side, is
+    longest.
 
-    0 is none of them and 1 all. Locations as long as the last one taken are taken too, so that equal lengths may give more than the share."""
+    0 is none of them and 1 all. Locations as long as the last one taken are taken too, so that equal
+    lengths may give more than the share."""
     window = min(g.shape[2:]) // 5 | 1                                   # odd, so that it has a middle
     size = g.to(torch.promote_types(g.dtype, torch.float32)).norm(dim=1, keepdim=True)
     size = F.avg_pool2d(size, window, 1, window // 2, count_include_pad=False)

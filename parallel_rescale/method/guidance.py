@@ -27,6 +27,7 @@ def _number(owner, name, value):
             f"{owner}: {name} must be a finite number or a function of the progress, got {value!r}")
     return number
 
+# %% ../../nbs/1_method/05_guidance.ipynb #g002
 def _share(owner, name, value):
     "`value` as a float in [0, 1], or one error that says whose argument it is."
     if not 0 <= (share := _number(owner, name, value)) <= 1:
@@ -83,10 +84,42 @@ def _scale_fields(cls) -> dict:
     types = {f.name: _resolved(cls, f) for f in (fields(cls) if is_dataclass(cls) else ())}
     return {name: kind for name, kind in types.items() if kind in tuple(_CHECKS)}
 
+# %% ../../nbs/1_method/05_guidance.ipynb #g006
+class _Scales:
+    "A frozen dataclass whose fields annotated `Scale`, `Share` or `Adapter` are checked and may move."
+    def __post_init__(self):
+        for name, kind in _scale_fields(type(self)).items():
+            value = getattr(self, name)
+            if not callable(value):
+                object.__setattr__(self, name, _CHECKS[kind](type(self).__name__, name, value))
+
+    def at(self, progress: float):
+        "This rule with every scale that is a function replaced by its value at `progress` in [0, 1]."
+        moving = {name: v(progress) for name in _scale_fields(type(self))
+                  if callable(v := getattr(self, name))}
+        return replace(self, **moving) if moving else self
+
+    def _leading(self): return list(takewhile(lambda f: f.name in _scale_fields(type(self)), fields(self)))
+
+    def signature(self) -> dict:
+        """What makes this rule what it is, ready for JSON: its class and the value of every field.
+
+        A scale that is a function gives its values at the progress 0, .25, .5, .75 and 1: two functions
+        that look alike in `repr` do not here."""
+        names = [f.name for f in fields(self)] if is_dataclass(self) else []
+        return {"class": _class_name(type(self))} | {name: _told(self, name) for name in names}
+
+    def __repr__(self):
+        # the leading scales always, options only where they differ from the default
+        shown = [f"{f.name}={v!r}" for i, f in enumerate(fields(self))
+                 if (v := getattr(self, f.name)) != f.default or i < len(self._leading())]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+# %% ../../nbs/1_method/05_guidance.ipynb #g009
 def _plain(value):
     "A field's value as JSON can have it; what has no such form is told by its name or its text."
     if value is None or isinstance(value, (bool, int, float, str)): return value
-    if isinstance(value, Guidance): return value.signature()
+    if isinstance(value, _Scales): return value.signature()
     if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)): return [_plain(v) for v in value]
     return getattr(value, "__qualname__", None) or repr(value)
@@ -96,9 +129,16 @@ def _class_name(cls):
     package, _, rest = cls.__module__.partition(".")
     return f"{package if package == 'parallel_rescale' else cls.__module__}.{cls.__qualname__}"
 
-def _short(value):
-    return "ƒ" if callable(value) else f"{value:g}" if isinstance(value, float) else "+".join(value)
+# %% ../../nbs/1_method/05_guidance.ipynb #g011
+_MOMENTS = 0., .25, .5, .75, 1.
 
+def _told(rule, name):
+    "A field's value as JSON can have it; a scale that is a function is its values at `_MOMENTS`."
+    value = getattr(rule, name)
+    moves = callable(value) and name in _scale_fields(type(rule))
+    return [_plain(getattr(rule.at(u), name)) for u in _MOMENTS] if moves else _plain(value)
+
+# %% ../../nbs/1_method/05_guidance.ipynb #g014
 RULES = {} # name → class of every rule made so far; see `known_rules`
 
 def _register(cls):
@@ -112,7 +152,18 @@ def _register(cls):
                          f"{known.__module__}.{known.__qualname__}; give it another `name`")
     if cls.__module__ == "__main__" or known.__module__ != "__main__": RULES[cls.name] = cls
 
-class Guidance:
+# %% ../../nbs/1_method/05_guidance.ipynb #g015
+def _short(value):
+    "A scale in a label: '3', 'dog+cat', or 'ƒ' for a function."
+    return "ƒ" if callable(value) else f"{value:g}" if isinstance(value, float) else "+".join(value)
+
+def _weights(rule):
+    "The scales that a label always shows: the leading ones, without adapters."
+    kinds = _scale_fields(type(rule))
+    return [f.name for f in rule._leading() if kinds[f.name] != Adapter]
+
+# %% ../../nbs/1_method/05_guidance.ipynb #g018
+class Guidance(_Scales):
     """A guidance rule: which predictions it needs (`branches`) and what it makes of them (`combine`).
 
     A rule is a frozen dataclass. Fields annotated `Scale`, `Share` or `Adapter` take a number or a function
@@ -128,22 +179,6 @@ class Guidance:
         super().__init_subclass__(**kwargs)
         if isinstance(vars(cls).get("name"), str) and not cls.__name__.startswith("_"): _register(cls)
 
-    def __post_init__(self):
-        for name, kind in _scale_fields(type(self)).items():
-            value = getattr(self, name)
-            if not callable(value):
-                object.__setattr__(self, name, _CHECKS[kind](type(self).__name__, name, value))
-
-    def _leading(self): return list(takewhile(lambda f: f.name in _scale_fields(type(self)), fields(self)))
-    def _weights(self):
-        return [f.name for f in self._leading() if _scale_fields(type(self))[f.name] != Adapter]
-
-    def at(self, progress: float) -> "Guidance":
-        "This rule with every scale that is a function replaced by its value at `progress` in [0, 1]."
-        moving = {name: v(progress) for name in _scale_fields(type(self))
-                  if callable(v := getattr(self, name))}
-        return replace(self, **moving) if moving else self
-
     @property
     def branches(self) -> tuple[Branch, ...]:
         "The predictions `combine` takes, in its order, the most specific one last."
@@ -158,37 +193,19 @@ class Guidance:
         rule = self.at(i / max(n - 1, 1))
         return rule.branches, rule.combine
 
-    def signature(self) -> dict:
-        """What makes this rule what it is, ready for JSON: its class and the value of every field.
-
-        A scale that is a function gives its values at the progress 0, .25, .5, .75 and 1: two functions that look alike in `repr` do not here."""
-        moments = [self.at(u) for u in (0., .25, .5, .75, 1.)]
-        def value(name):
-            mine = getattr(self, name)
-            return [_plain(getattr(m, name)) for m in moments] if callable(mine) and name in _scale_fields(
-                type(self)) else _plain(mine)
-        names = [f.name for f in fields(self)] if is_dataclass(self) else []
-        return {"class": _class_name(type(self))} | {name: value(name) for name in names}
-
-    @property
-    def label(self) -> str:
-        "A short name with the scales, for figures: 'parallel rescaling 7.5/3'; ƒ marks a scale that moves."
-        scales = "/".join(_short(getattr(self, name)) for name in self._weights())
-        return ", ".join([f"{self.title or self.name.replace('_', ' ')} {scales}", *self._notes()])
-
-    def _notes(self) -> list[str]:
-        "What follows the scales in `label`: those further down that are not at their defaults."
-        further = _scale_fields(type(self)).keys() - {*self._weights(), "adapter"}
-        return [f"{f.name} {_short(getattr(self, f.name))}" for f in fields(self) if f.name in further
-                and getattr(self, f.name) != f.default]
-
     @property
     def needs_subject(self) -> bool:
         "True if the rule asks the personalised model for the subject."
         return any(b.prompt.startswith("subject") and b.adapted for b in self.branches)
 
-    def __repr__(self):
-        # the leading scales always, options only where they differ from the default
-        shown = [f"{f.name}={v!r}" for i, f in enumerate(fields(self))
-                 if (v := getattr(self, f.name)) != f.default or i < len(self._leading())]
-        return f"{type(self).__name__}({', '.join(shown)})"
+    @property
+    def label(self) -> str:
+        "A short name with the scales, for figures: 'parallel rescaling 7.5/3'; ƒ marks a scale that moves."
+        scales = "/".join(_short(getattr(self, name)) for name in _weights(self))
+        return ", ".join([f"{self.title or self.name.replace('_', ' ')} {scales}", *self._notes()])
+
+    def _notes(self) -> list[str]:
+        "What follows the scales in `label`: those further down that are not at their defaults."
+        further = _scale_fields(type(self)).keys() - {*_weights(self), "adapter"}
+        return [f"{f.name} {_short(getattr(self, f.name))}" for f in fields(self) if f.name in further
+                and getattr(self, f.name) != f.default]

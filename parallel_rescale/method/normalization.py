@@ -41,7 +41,7 @@ def _rescaled(p, ratio):
 # %% ../../nbs/1_method/04_normalization.ipynb #c012
 def parallel_rescale(g_cons, # consistency direction [B, C, H, W]
                      g_text, # text direction [B, C, H, W]
-                     ratio: str = "normalize", # what becomes of p: "normalize" (the paper), "raw", "center", "scale", "none"
+                     ratio: str = "normalize", # what becomes of p, one of `RATIOS`; default: the paper
                      gain: float = 1.0, # k of k·p̂
                      whole: bool = False, # one p for the whole latent instead of one per location
                     ): # g_PR, in the shape and dtype of `g_cons`

@@ -17,7 +17,8 @@ def coefficient(v, # tensor [B, C, H, W]
     dtype = torch.promote_types(v.dtype, torch.float32)
     v, onto = v.to(dtype), onto.to(dtype)
     square = onto.square().sum(dims, keepdim=True)
-    # below 1e-36 the squares leave float32's normal range: no direction, hence no parallel part. A NaN compares False and stays.
+    # below 1e-36 the squares leave float32's normal range: no direction, hence no parallel part.
+    # A NaN compares False and stays.
     return torch.where(square < 1e-36, 0., (v * onto).sum(dims, keepdim=True) / square)
 
 # %% ../../nbs/1_method/02_projection.ipynb #c010

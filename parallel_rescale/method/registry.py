@@ -25,6 +25,7 @@ def _own_modules():
     "Import every chapter of the method: a rule is registered where its class is made."
     for module in iter_modules(method.__path__): import_module(f"{method.__name__}.{module.name}")
 
+# %% ../../nbs/1_method/08_registry.ipynb #g002
 @cache
 def _plugins():
     """Import what other packages name under the entry point 'parallel_rescale.rules'; one that fails says
@@ -35,16 +36,35 @@ def _plugins():
             warnings.warn(
                 f"the rules of {point.value} ({point.dist.name}) were not loaded: {type(e).__name__}: {e}")
 
+# %% ../../nbs/1_method/08_registry.ipynb #g003
 def known_rules() -> dict[str, type[Guidance]]:
     "Name → class of all rules of this package and of installed plug-ins, whatever was imported before."
     _own_modules(), _plugins()
     return guidance.RULES
 
+# %% ../../nbs/1_method/08_registry.ipynb #g006
 def _value(text):
     "What the text of one argument means: a truth value, a number, or a name."
     if text.lower() in ("true", "false"): return text.lower() == "true"
     try: return float(text)
     except ValueError: return text
+
+# %% ../../nbs/1_method/08_registry.ipynb #g008
+def _arguments(spec, rest):
+    "The arguments in 'argument=value,…', which is a part of `spec`."
+    parts = [p.strip() for p in rest.split(",") if p.strip()]
+    for part in parts:
+        if "=" not in part: raise ValueError(f"{spec!r}: expected argument=value, got {part!r}")
+    pairs = [part.partition("=") for part in parts]
+    # of an argument given twice the first counts
+    return {key.strip(): _value(value.strip()) for key, _, value in reversed(pairs)}
+
+def _wrapped(made, plan):
+    "A rule in the wrappers that `plan` asks for: `start` and `stop`, `every`."
+    if {"start", "stop"} & plan.keys(): made = interval(made, plan.get("start", 0.), plan.get("stop", 1.))
+    if "every" not in plan: return made
+    k = plan["every"]
+    return every(made, int(k) if isinstance(k, float) and k.is_integer() else k)
 
 # %% ../../nbs/1_method/08_registry.ipynb #c047
 def rule(spec: str, /, # a name of `known_rules()`, or "name:argument=value,…"
@@ -52,24 +72,17 @@ def rule(spec: str, /, # a name of `known_rules()`, or "name:argument=value,…"
         ) -> Guidance:
     """The guidance rule that `spec` names, as in `rule("parallel_rescale:text=3,consistency=2")`.
 
-    Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and `interval`."""
+    Besides the rule's own arguments: `every=k` and `start=`, `stop=` for the wrappers `every` and
+    `interval`."""
     name, _, rest = spec.partition(":")
     name = name.strip().replace("-", "_")
     rules = known_rules()
     check_name("guidance rule", name, rules)
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals: raise ValueError(f"{spec!r}: expected argument=value, got {part!r}")
-        arguments.setdefault(key.strip(), _value(value.strip()))
-    known = [f.name for f in fields(rules[name])]
-    for key in arguments: check_name(f"argument of {name}", key, known + ["every", "start", "stop"])
-    made = rules[name](**{k: v for k, v in arguments.items() if k in known})
-    if "start" in arguments or "stop" in arguments:
-        made = interval(made, arguments.get("start", 0.), arguments.get("stop", 1.))
-    if "every" in arguments:
-        k = arguments["every"]
-        made = every(made, int(k) if isinstance(k, float) and k.is_integer() else k)
-    return made
+    arguments = _arguments(spec, rest) | arguments
+    own, plan = {f.name for f in fields(rules[name])}, ("every", "start", "stop")
+    for key in arguments: check_name(f"argument of {name}", key, [*own, *plan])
+    made = rules[name](**{k: v for k, v in arguments.items() if k in own})
+    return _wrapped(made, {k: v for k, v in arguments.items() if k in plan})
 
 # %% ../../nbs/1_method/08_registry.ipynb #c050
 def label(rule: Guidance) -> str:

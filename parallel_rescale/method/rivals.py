@@ -26,6 +26,7 @@ def _shortened(d, norm):
     length = d.float().square().sum((1, 2, 3), keepdim=True).sqrt()
     return torch.where(length > norm, d * (norm / length), d).to(d.dtype)
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g002
 @dataclass(frozen=True, repr=False)
 class APG(Guidance):
     """Adaptive projected guidance (arXiv 2410.02416, Alg. 1, on the model's own prediction): e(c) +
@@ -68,6 +69,7 @@ class CFGZero(Guidance):
         fitted = null + project(cond - null, null, (1, 2, 3))[0]
         return cfg(fitted, cond, self.scale)
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g004
 def _tangent(null, cond):
     "Part of `null` along the first right singular vector of [cond; null], for each sample."
     total = lambda a, b: (a.float() * b.float()).sum((1, 2, 3), keepdim=True)
@@ -78,6 +80,7 @@ def _tangent(null, cond):
     v = mean.float() + torch.where(top > 1e-36, x / top, 0.) * d.float()
     return (coefficient(null.float(), v, (1, 2, 3)) * v).to(null.dtype)
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g005
 @dataclass(frozen=True, repr=False)
 class TangentialCFG(Guidance):
     """Tangential CFG (arXiv 2503.18137): CFG whose null prediction keeps only its part along what both
@@ -98,6 +101,7 @@ def blur(x): # [B, C, H, W]
     padded = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 2, 2, 2), mode="replicate")
     return F.conv2d(padded, kernel.to(padded.dtype), groups=x.shape[1]).to(x.dtype)
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g007
 @dataclass(frozen=True, repr=False)
 class FrequencyGuidance(Guidance):
     """Frequency-decoupled guidance (arXiv 2506.19713) with two bands: e(∅) + ω_low·blur(d) + ω_high·(d −
@@ -146,6 +150,7 @@ class AutoLoRA(Guidance):
     def combine(self, null, base, own_null, subject):
         return cfg(cfg(null, base, self.text), cfg(own_null, subject, self.scale), self.amount)
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g009
 @dataclass(frozen=True, repr=False)
 class SuperclassMix(Guidance):
     """Mixed sampling with the superclass (arXiv 2502.05895): e(∅,1) + s₁·(e(c_subj,1) − e(∅,1)) +
@@ -160,6 +165,7 @@ class SuperclassMix(Guidance):
     def combine(self, null, base, subject):
         return null + self.subject * (subject - null) + self.text * (base - null)
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g011
 PARTS = ("all", "along", "across")
 
 @dataclass(frozen=True, repr=False)
@@ -215,10 +221,12 @@ class Switch(_Wrapper):
 
     def __repr__(self): return f"switch({self.early!r}, {self.rule!r}, {self.at_share:g})"
 
+# %% ../../nbs/1_method/11_rivals.ipynb #g013
 def switch(early: Guidance, late: Guidance, at: float = .3) -> Guidance:
     """The rule `early` on the steps with i/n < at, `late` on the others.
 
-    Superclass switching (arXiv 2502.05895) is `switch(SuperclassMix(0, ω), CFG(ω), at)`; name, colour and title are those of `late`."""
+    Superclass switching (arXiv 2502.05895) is `switch(SuperclassMix(0, ω), CFG(ω), at)`; name, colour and
+    title are those of `late`."""
     return Switch(late, early, at)
 
 # %% ../../nbs/1_method/11_rivals.ipynb #r026

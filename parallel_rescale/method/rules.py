@@ -58,6 +58,7 @@ class SubjectGuidance(Guidance):
     def combine(self, null, base, *others):
         return cfg(null, base, self.text) + self.consistency * self.direction(null, base, *others)
 
+# %% ../../nbs/1_method/06_rules.ipynb #g002
 @dataclass(frozen=True, repr=False)
 class ConsistencyGuidance(SubjectGuidance):
     "DCO's sampler (arXiv 2402.12004): the direction is g_cons."
@@ -118,7 +119,8 @@ class AutoGuidance(Guidance):
 # %% ../../nbs/1_method/06_rules.ipynb #c033
 @dataclass(frozen=True, repr=False)
 class PersonalizationGuidance(Guidance):
-    """Personalization guidance (arXiv 2508.00319): guide θ away from an unlearned model, weights (1−ω)·φ + ω·θ, without a prompt.
+    """Personalization guidance (arXiv 2508.00319): guide θ away from an unlearned model, weights (1−ω)·φ +
+    ω·θ, without a prompt.
 
     ω = 1 is `CFG` on θ; ω = 0 takes the base model as the weak one. The defaults are ours:
     the material at hand names no values."""

@@ -18,8 +18,8 @@ class _Wrapper(Guidance):
 
     def __post_init__(self):
         if not isinstance(self.rule, Guidance):
-            raise ValueError(
-                f"{type(self).__name__.lower()}: rule must be a guidance rule, got {self.rule!r}")
+            name = type(self).__name__.lower()
+            raise ValueError(f"{name}: rule must be a guidance rule, got {self.rule!r}")
 
     @property
     def name(self): return self.rule.name
@@ -36,9 +36,10 @@ class _Wrapper(Guidance):
     def combine(self, *predictions): return self.rule.combine(*predictions)
     def at(self, progress): return replace(self, rule=self.rule.at(progress))
 
+# %% ../../nbs/1_method/07_schedules.ipynb #c037
 def _only(prediction): return prediction
 
-# %% ../../nbs/1_method/07_schedules.ipynb #c037
+# %% ../../nbs/1_method/07_schedules.ipynb #c037ax
 @dataclass(frozen=True, repr=False)
 class Interval(_Wrapper):
     "See `interval`."
@@ -61,11 +62,22 @@ class Interval(_Wrapper):
 
     def __repr__(self): return f"interval({self.rule!r}, {self.start:g}, {self.stop:g})"
 
+# %% ../../nbs/1_method/07_schedules.ipynb #g004
 def interval(rule: Guidance, start: float, stop: float) -> Guidance:
-    """`rule` on the steps with start <= i/n < stop; outside, its most specific prediction alone (the last branch).
+    """`rule` on the steps with start <= i/n < stop; outside, its most specific prediction alone (the last
+    branch).
 
     Kynkäänniemi et al. 2024 (arXiv 2404.07724) for CFG. `interval(rule, 0, 1)` is `rule`."""
     return Interval(rule, start, stop)
+
+# %% ../../nbs/1_method/07_schedules.ipynb #g005
+def _keeping_offset(combine, anchor, i, memory):
+    "`combine`, which also notes at which step it was called and how far its result lies from the anchor."
+    def combine_full(*predictions):
+        guided = combine(*predictions)
+        memory.update(full=i, offset=guided - predictions[anchor])
+        return guided
+    return combine_full
 
 # %% ../../nbs/1_method/07_schedules.ipynb #c041
 @dataclass(frozen=True, repr=False)
@@ -84,26 +96,22 @@ class Every(_Wrapper):
         if len(branches) == 1: # nothing to save here, and what was kept belongs to other steps
             memory.pop("full", None)
             return branches, combine
-        anchor = branches[self.anchor]
         full = memory.get("full")
         # i == full: a second stage of the same step (Heun)
         if full is None or i == full or i - full >= self.k:
-            def combine_full(*predictions):
-                guided = combine(*predictions)
-                memory.update(full=i, offset=guided - predictions[self.anchor])
-                return guided
-            return branches, combine_full
-        return (anchor,), lambda prediction: prediction + memory["offset"]
+            return branches, _keeping_offset(combine, self.anchor, i, memory)
+        return (branches[self.anchor],), lambda prediction: prediction + memory["offset"]
 
     @property
     def label(self): return f"{self.rule.label}, every {self.k}"
 
     def __repr__(self): return f"every({self.rule!r}, {self.k})"
 
+# %% ../../nbs/1_method/07_schedules.ipynb #g008
 def every(rule: Guidance, k: int) -> Guidance:
-    """`rule` in full on every k-th step; in between one branch, the anchor, and the last full step's offset from it:
-    ε = anchor now + (guided − anchor) then.
+    """`rule` in full on every k-th step; in between one branch, the anchor, and the last full step's offset
+    from it: ε = anchor now + (guided − anchor) then.
 
-    The anchor is the base model's prediction for the base prompt where the rule has one (so what is reused are
-    the directions g_text and g_cons), else the rule's last branch. `every(rule, 1)` is `rule`."""
+    The anchor is the base model's prediction for the base prompt where the rule has one (so what is reused
+    are the directions g_text and g_cons), else the rule's last branch. `every(rule, 1)` is `rule`."""
     return Every(rule, k)

@@ -118,7 +118,8 @@ def shared(*names, **defaults) -> list:
     "Options of `SHARED` by name; `defaults`: what is their default in this command."
     return [SHARED[n].replace(default=defaults.get(n, SHARED[n].default)) for n in names]
 
-DRAWING = ("steps", "negative_prompt", "base", "device", "dtype", "batch_size", "max_rows", "variant", "revision",
+DRAWING = ("steps", "negative_prompt", "base", "device", "dtype", "batch_size", "max_rows", "variant",
+           "revision",
            "vae")
 PICTURES = (*DRAWING, "base_prompt", "width", "height", "one_by_one", "seed", "overwrite")
 

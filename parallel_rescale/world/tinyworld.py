@@ -29,7 +29,8 @@ PATTERNS = ('none', 'vertical stripes', 'horizontal stripes', 'dots')
 ACCESSORIES = ('none', 'hat', 'bow', 'star', 'heart')
 DRAWS_BACKGROUND = frozenset(STYLES)  # every style shows its background; line styles show it in lines
 SIZE = 64                             # a picture is SIZE x SIZE
-SOFTNESS = .55                        # blur of the finished picture, in pixels: what a small autoencoder can hold
+# blur of the finished picture, in pixels: what a small autoencoder can hold
+SOFTNESS = .55
 SCALE = 3                             # shapes are drawn this many times larger, then averaged down
 
 # %% ../../nbs/4_world/02_world.ipynb #1db400dd
@@ -90,18 +91,23 @@ def _draw_instance(rng, cls):
 
 # %% ../../nbs/4_world/02_world.ipynb #2c1694f1
 SUBJECTS = {
-    'pixel_the_cat':     Instance('cat', .07, .85, 1., .72, .75, .45, 'horizontal stripes', .6, .7, .8, 'bow', .52),
+    'pixel_the_cat':     Instance('cat', .07, .85, 1., .72, .75, .45, 'horizontal stripes', .6, .7, .8,
+                                  'bow', .52),
     'midnight_the_cat':  Instance('cat', .55, .85, .62, .13, .55, 1., 'dots', .3, .2, .3, 'star', .98),
-    'bubbles_the_fish':  Instance('fish', .50, .85, .90, .04, .90, 1., 'vertical stripes', .2, .8, .7, 'hat', .15),
+    'bubbles_the_fish':  Instance('fish', .50, .85, .90, .04, .90, 1., 'vertical stripes', .2, .8, .7,
+                                  'hat', .15),
     'marlin_the_fish':   Instance('fish', .92, .70, 1., .60, .95, .70, 'dots', .7, .2, .3, 'none', 0.),
     'sunny_the_bird':    Instance('bird', .14, .90, 1., .97, .85, .85, 'none', 0., .8, .3, 'hat', .60),
     'inky_the_octopus':  Instance('octopus', .83, .75, .95, .47, .80, .95, 'dots', .1, .6, .8, 'bow', .13),
-    'herbie_the_car':    Instance('car', .00, .90, .92, .13, .25, 1., 'vertical stripes', .5, .9, .8, 'none', 0.),
+    'herbie_the_car':    Instance('car', .00, .90, .92, .13, .25, 1., 'vertical stripes', .5, .9, .8,
+                                  'none', 0.),
     'taxi_the_car':      Instance('car', .33, .75, .75, .90, .60, 1., 'none', 0., .2, .2, 'heart', .0),
-    'bolt_the_robot':    Instance('robot', .58, .80, .95, .10, .95, 1., 'horizontal stripes', .1, .8, .6, 'star', .02),
+    'bolt_the_robot':    Instance('robot', .58, .80, .95, .10, .95, 1., 'horizontal stripes', .1, .8, .6,
+                                  'star', .02),
     'fern_the_robot':    Instance('robot', .28, .80, .80, .80, .70, .60, 'none', 0., .1, .9, 'hat', .93),
     'cherry_the_house':  Instance('house', .95, .60, 1., .45, .90, .55, 'dots', .4, .7, .3, 'heart', .14),
-    'mocha_the_cup':     Instance('cup', .40, .75, .85, .0, .75, .95, 'vertical stripes', .3, .3, .6, 'none', 0.),
+    'mocha_the_cup':     Instance('cup', .40, .75, .85, .0, .75, .95, 'vertical stripes', .3, .3, .6,
+                                  'none', 0.),
 }
 
 # %% ../../nbs/4_world/02_world.ipynb #bb6be44a
@@ -134,9 +140,11 @@ def box(x0, y0, x1, y1, r=0.):
 def ribbon(points, widths):
     "A thick curve: the outline around a polyline with half-widths `widths` and a round end."
     p = np.asarray(points, float); w = np.broadcast_to(widths, len(p))[:, None]
-    d = np.gradient(p, axis=0); normal = np.stack([-d[:, 1], d[:, 0]], -1) / np.linalg.norm(d, axis=1, keepdims=True)
+    d = np.gradient(p, axis=0)
+    normal = np.stack([-d[:, 1], d[:, 0]], -1) / np.linalg.norm(d, axis=1, keepdims=True)
     a = math.degrees(math.atan2(*normal[-1][::-1]))
-    return np.concatenate([p + w*normal, ellipse(*p[-1], w[-1, 0], w[-1, 0], a, a-180, 7), (p - w*normal)[::-1]])
+    return np.concatenate([p + w*normal, ellipse(*p[-1], w[-1, 0], w[-1, 0], a, a-180, 7),
+                           (p - w*normal)[::-1]])
 
 def star(cx, cy, r, inner=.48, points=5):
     "Points of a star of outer radius `r`."
@@ -159,7 +167,8 @@ def _eyes(*centres, r=.15, look=.02):
         parts += [(WHITE, ellipse(x, y, r)), (DARK, ellipse(x+look, y+.01, r*.62))]
     return parts
 
-def _smile(x, y, w=.15): return [(DARK, np.concatenate([ellipse(x, y, w, w, 0, 180, 10), ellipse(x, y, w, w*.25, 180, 0, 8)]))]
+def _smile(x, y, w=.15):
+    return [(DARK, np.concatenate([ellipse(x, y, w, w, 0, 180, 10), ellipse(x, y, w, w*.25, 180, 0, 8)]))]
 
 # %% ../../nbs/4_world/02_world.ipynb #a297583b
 def _cat(a, b):
@@ -168,7 +177,8 @@ def _cat(a, b):
     parts = [(TRIM, tail), (BODY, ellipse(0, .45, w, .5)),
              (TRIM, ellipse(-.2, .88, .19, .1)), (TRIM, ellipse(.2, .88, .19, .1))]
     for s in (-1, 1):
-        parts += [(BODY, [(s*.6, -.2), (s*.52, -.58-e), (s*.1, -.6)]), (TRIM, [(s*.5, -.38), (s*.47, -.46-e), (s*.24, -.52)])]
+        parts += [(BODY, [(s*.6, -.2), (s*.52, -.58-e), (s*.1, -.6)]),
+                  (TRIM, [(s*.5, -.38), (s*.47, -.46-e), (s*.24, -.52)])]
     parts += [(BODY, ellipse(0, -.26, .62, .46))] + _eyes((-.27, -.3), (.27, -.3), r=.17)
     parts += [(WHITE, ellipse(0, .0, .2, .13)), (TRIM, [(-.1, -.1), (.1, -.1), (0, .03)])]
     return parts, (0, -.62), (0, .24), (0, .48)
@@ -188,7 +198,9 @@ def _bird(a, b):
              (BEAK, box(-.14, .86, .08, .97, .04)), (BEAK, box(.16, .86, .38, .97, .04)),
              (TRIM, [(-.4, .1), (-.78-t*.5, -.22-t), (-.94, .0), (-.98, .22), (-.45, .42)]),
              (BODY, ellipse(0, .2, .66, r)), (BEAK, [(.62, -.58), (.98, -.36), (.6, -.22)]),
-             (BODY, ellipse(.32, -.42, .42, .4)), (TRIM, [(.12, .06), (.06, .36), (-.2, .52), (-.5, .4), (-.36, .12), (-.14, .0)])]
+             (BODY, ellipse(.32, -.42, .42, .4)), (TRIM,
+                                                   [(.12, .06), (.06, .36), (-.2, .52), (-.5, .4),
+                                                    (-.36, .12), (-.14, .0)])]
     parts += _eyes((.42, -.47), r=.18, look=.04)
     return parts, (.26, -.78), (.26, -.04), (-.1, .26)
 
@@ -198,7 +210,8 @@ def _octopus(a, b):
     for x in (-.9, .9, -.56, .56, -.2, .2):
         k = 1 if x > 0 else -1
         parts.append((TRIM if abs(abs(x)-.56) < .01 else BODY,
-                      ribbon([(x*.45, .05), (x*.62*s, .42), (x*.8*s, .72), (x*s+.06*k, .82), (x*s+.14*k, .68)], [.15, .14, .12, .11, .09])))
+                      ribbon([(x*.45, .05), (x*.62*s, .42), (x*.8*s, .72), (x*s+.06*k, .82),
+                              (x*s+.14*k, .68)], [.15, .14, .12, .11, .09])))
     parts += [(BODY, ellipse(0, -.3, .66, h))] + _eyes((-.26, -.2), (.26, -.2), r=.2) + _smile(0, .03, .14)
     return parts, (0, -.28-h), (0, .3), (0, -.58)
 
@@ -217,7 +230,8 @@ def _robot(a, b):
     hw, an, bw = .36 + .2*a, .06 + .2*b, .4 + .12*(1-a)
     parts = [(DARK, box(-.05, -.68-an, .05, -.6)), (BEAK, ellipse(0, -.7-an, .11))]
     for s in (-1, 1):
-        parts += [(TRIM, ribbon([(s*(bw-.05), .02), (s*(bw+.2), .06), (s*(bw+.26), .3)], .1)), (DARK, ellipse(s*(bw+.27), .36, .12)),
+        parts += [(TRIM, ribbon([(s*(bw-.05), .02), (s*(bw+.2), .06), (s*(bw+.26), .3)], .1)),
+                  (DARK, ellipse(s*(bw+.27), .36, .12)),
                   (DARK, box(s*.25-.1, .5, s*.25+.1, .86)), (TRIM, box(s*.27-.2, .78, s*.27+.2, .96, .06))]
     parts += [(BODY, box(-bw, -.1, bw, .62, .1)), (TRIM, box(-hw, -.66, hw, -.06, .12))]
     parts += _eyes((-hw*.48, -.42), (hw*.48, -.42), r=.15) + [(DARK, box(-hw*.5, -.22, hw*.5, -.13))]
@@ -228,7 +242,9 @@ def _house(a, b):
     parts = [(DARK, box(w*.4, -.12-rh*.9, w*.4+.22, -.15)), (BODY, box(-w, -.15, w, .88)),
              (TRIM, [(-w-.16, -.08), (0, -.12-rh), (w+.16, -.08)]),
              (DARK, box(-.17, .34, .17, .88)), (BEAK, ellipse(.08, .62, .06))]
-    for s in (-1, 1): parts += [(WHITE, box(s*w*.6-.18, .1, s*w*.6+.18, .46)), (GLASS, box(s*w*.6-.11, .17, s*w*.6+.11, .39))]
+    for s in (-1, 1):
+        parts += [(WHITE, box(s*w*.6-.18, .1, s*w*.6+.18, .46)),
+                  (GLASS, box(s*w*.6-.11, .17, s*w*.6+.11, .39))]
     return parts, (-.02, -.06-rh), (0, -.02), (0, -.12-rh*.36)
 
 def _cup(a, b):
@@ -259,7 +275,8 @@ def _accessory(kind, top, neck, belly):
     return []
 
 def parts(instance):
-    "The polygons of `instance`, back to front: a list of (role, points [n, 2]), coordinates about -1..1, y down."
+    """The polygons of `instance`, back to front: a list of (role, points [n, 2]), coordinates about
+    -1..1, y down."""
     shapes, *anchors = _BUILD[instance.cls](instance.shape_a, instance.shape_b)
     return shapes + _accessory(instance.accessory, *anchors)
 
@@ -268,7 +285,8 @@ def pattern_parts(instance):
     step = .56 - .18*instance.frequency
     grid = np.arange(-3, 4) * step
     if instance.pattern == 'vertical stripes': return [box(x-step*.24, -1.2, x+step*.24, 1.2) for x in grid]
-    if instance.pattern == 'horizontal stripes': return [box(-1.2, y-step*.24, 1.2, y+step*.24) for y in grid+step*.3]
+    if instance.pattern == 'horizontal stripes':
+        return [box(-1.2, y-step*.24, 1.2, y+step*.24) for y in grid+step*.3]
     if instance.pattern == 'dots':
         return [ellipse(x + (j % 2)*step/2, y, step*.27, n=14) for j, y in enumerate(grid*.9) for x in grid]
     return []
@@ -330,7 +348,8 @@ def _rasterise(instance, pose, warp=None):
 
 def _draw_object(instance, pose, warp=None):
     roles, ids = _rasterise(instance, pose, warp)
-    colour, mask = _reduce((palette(instance)*255).astype(np.uint8)[roles]), _reduce((roles > 0).view(np.uint8)*255)
+    colour, mask = _reduce((palette(instance)*255).astype(np.uint8)[roles]), _reduce(
+        (roles > 0).view(np.uint8)*255)
     wide = _blur(mask, 1.5)[..., None] + 1e-3
     spread = np.clip(_blur(colour, 1.5) / wide, 0, 1)
     m = mask[..., None]
@@ -367,33 +386,40 @@ def _scene_snow(rng):
     h = rng.uniform(.45, .6); shapes = []
     for x in (rng.uniform(.03, .16), rng.uniform(.84, .97)):
         for k in range(3):
-            shapes.append(((.25, .5+.04*k, .47), [(x-.13+.025*k, h+.1-.14*k), (x+.13-.025*k, h+.1-.14*k), (x, h-.14-.14*k)]))
+            shapes.append(((.25, .5+.04*k, .47), [(x-.13+.025*k, h+.1-.14*k), (x+.13-.025*k, h+.1-.14*k),
+                                                  (x, h-.14-.14*k)]))
     shapes.append(((.95, .97, 1.), _ground(h+.05, rng, 1., .04)))
     for i in range(12):
-        shapes.append(((1., 1., 1.), ellipse((i % 4 + rng.uniform(.2, .8))/4, (i//4 + rng.uniform(.2, .8))/3.4, .026, n=12)))
+        shapes.append(((1., 1., 1.), ellipse((i % 4 + rng.uniform(.2, .8))/4,
+                                             (i//4 + rng.uniform(.2, .8))/3.4, .026, n=12)))
     return (.55, .63, .76), (.78, .83, .9), shapes
 
 def _scene_grass(rng):
     h = rng.uniform(.42, .56); cx = rng.uniform(.15, .85)
     shapes = [((1., 1., 1.), np.concatenate([ellipse(cx-.1, .16, .07, .055, 90, 270, 10),
-                                                 ellipse(cx, .12, .09, .07, 200, 340, 10), ellipse(cx+.1, .16, .07, .055, -90, 90, 10)])),
+                                                 ellipse(cx, .12, .09, .07, 200, 340, 10),
+                                             ellipse(cx+.1, .16, .07, .055, -90, 90, 10)])),
               ((.36, .72, .28), _ground(h, rng, 1., .03))]
     for i in range(7):
         x, y = (i + rng.uniform(.2, .8))/7, rng.uniform(h+.14, .98)
         shapes.append(((.27, .61, .23),
-                       [(x-.08, y), (x-.1, y-.11), (x-.03, y-.03), (x, y-.16), (x+.03, y-.03), (x+.1, y-.11), (x+.08, y)]))
+                       [(x-.08, y), (x-.1, y-.11), (x-.03, y-.03), (x, y-.16), (x+.03, y-.03),
+                        (x+.1, y-.11), (x+.08, y)]))
     for x in (rng.uniform(.04, .2), rng.uniform(.8, .96)):
-        y = rng.uniform(h+.2, .94); shapes += [((.98, .55, .75), star(x, y, .06, .6)), ((1., .9, .3), ellipse(x, y, .02, n=10))]
+        y = rng.uniform(h+.2, .94)
+        shapes += [((.98, .55, .75), star(x, y, .06, .6)), ((1., .9, .3), ellipse(x, y, .02, n=10))]
     return (.55, .82, 1.), (.8, .93, 1.), shapes
 
 # %% ../../nbs/4_world/02_world.ipynb #bd5ad95f
 def _scene_night(rng):
     mx, my = rng.choice([rng.uniform(.1, .25), rng.uniform(.75, .9)]), rng.uniform(.12, .2)
-    moon = np.concatenate([ellipse(mx, my, .11, .11, 60, 300, 18), ellipse(mx+.045, my, .08, .09, 290, 70, 14)])
+    moon = np.concatenate([ellipse(mx, my, .11, .11, 60, 300, 18),
+                           ellipse(mx+.045, my, .08, .09, 290, 70, 14)])
     shapes = [((1., .95, .7), moon)]
     for i in range(12):
         x, y = (i % 4 + rng.uniform(.15, .85))/4, (i//4 + rng.uniform(.15, .85))/4.2
-        if math.hypot(x-mx, y-my) > .17: shapes.append(((1., .96, .75), star(x, y, rng.uniform(.03, .045), .45)))
+        if math.hypot(x-mx, y-my) > .17:
+            shapes.append(((1., .96, .75), star(x, y, rng.uniform(.03, .045), .45)))
     shapes.append(((.1, .1, .25), _ground(rng.uniform(.82, .88), rng, 1., .03)))
     return (.05, .05, .2), (.2, .15, .42), shapes
 
@@ -402,7 +428,8 @@ def _scene_brick(rng):
     for j in range(7):
         for i in range(-1, 5):
             x, y = (i + off + .5*(j % 2))*w, (j - .5*(off > .5))*h
-            shapes.append((np.array((.72, .37, .28))*tone*rng.uniform(.92, 1.08), box(x+.012, y+.012, x+w-.012, y+h-.012)))
+            shapes.append((np.array((.72, .37, .28))*tone*rng.uniform(.92, 1.08),
+                           box(x+.012, y+.012, x+w-.012, y+h-.012)))
     return (.8, .56, .47), (.8, .56, .47), shapes
 
 def _scene_city(rng):
@@ -420,7 +447,8 @@ def _scene_underwater(rng):
     shapes = [((.8, .78, .58), _ground(rng.uniform(.84, .9), rng, 1.5, .02))]
     for x in (rng.uniform(.03, .12), rng.uniform(.16, .24), rng.uniform(.78, .86), rng.uniform(.9, .97)):
         t = np.linspace(0, 1, 12); top = rng.uniform(.35, .55)
-        shapes.append(((.1, .55+.1*rng.random(), .36), ribbon(np.stack([x + .03*np.sin(9*t + x*9), .97 - (.97-top)*t], -1), .027)))
+        shapes.append(((.1, .55+.1*rng.random(), .36),
+                       ribbon(np.stack([x + .03*np.sin(9*t + x*9), .97 - (.97-top)*t], -1), .027)))
     for i in range(6):
         x, y, r = (i + rng.uniform(.2, .8))/6, rng.uniform(.06, .45), rng.uniform(.035, .055)
         shapes += [((.72, .93, .97), ellipse(x, y, r, n=16)), ((.3, .72, .82), ellipse(x, y, r*.6, n=12))]
@@ -438,7 +466,8 @@ def _scene(background, variant):
     draw_colour, draw_ids = ImageDraw.Draw(colour), ImageDraw.Draw(ids)
     for i, (rgb, points) in enumerate(shapes):
         q = [tuple(p) for p in np.asarray(points)*W]
-        draw_colour.polygon(q, fill=tuple(int(np.clip(c, 0, 1)*255) for c in rgb)); draw_ids.polygon(q, fill=1 + i % 250)
+        draw_colour.polygon(q, fill=tuple(int(np.clip(c, 0, 1)*255) for c in rgb))
+        draw_ids.polygon(q, fill=1 + i % 250)
     return _reduce(np.asarray(colour)), _edges(np.asarray(ids))
 
 # %% ../../nbs/4_world/02_world.ipynb #fb326d92
@@ -446,7 +475,8 @@ def _scene(background, variant):
 def _noise(cells, variant):
     "Smooth noise in 0..1 with `cells` bumps across: [SIZE, SIZE]."
     a = np.random.default_rng([77, cells, variant]).random((cells, cells))
-    return np.asarray(Image.fromarray((a*255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC), np.float32) / 255
+    return np.asarray(Image.fromarray((a*255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC),
+                      np.float32) / 255
 
 @lru_cache(maxsize=None)
 def _warp(variant):
@@ -497,7 +527,8 @@ def _sketch(obj, scene, pose, rng):
     far = np.clip(scene[1]*1.1, 0, 1)*(1-obj.mask)
     grey = np.repeat((paper*(1 - .45*far))[..., None], 3, -1)
     tinted = grey * (1 - .45*(1-obj.colour)) * (1 - shade[..., None]*.7)
-    return _over(_over(grey, tinted, obj.mask), np.array([.2, .2, .23], np.float32), np.clip(obj.lines*1.15, 0, 1)*.85)
+    return _over(_over(grey, tinted, obj.mask), np.array([.2, .2, .23], np.float32),
+                 np.clip(obj.lines*1.15, 0, 1)*.85)
 
 def _pixel(obj, scene, pose, rng):
     blocks = lambda a: a.reshape(SIZE//2, 2, SIZE//2, 2, -1).mean((1, 3))
@@ -520,7 +551,8 @@ def _neon(obj, scene, pose, rng):
 def _watercolor(obj, scene, pose, rng):
     a = _over(scene[0], obj.colour, obj.mask)
     a = 1 - (1-_blur(a, .5))*.72
-    a = a*(1 - .18*_blur(obj.lines, .6)[..., None]) + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[..., None]
+    a = a*(1 - .18*_blur(obj.lines, .6)[..., None]) + (.16*(_noise(7, rng.integers(VARIANTS)) - .5))[...,
+        None]
     edge = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))/SIZE + .09*(_noise(8, rng.integers(VARIANTS)) - .5)
     return _over(np.full_like(a, .98), a, np.clip((.45-edge)/.04, 0, 1))
 
@@ -531,7 +563,8 @@ def _blueprint(obj, scene, pose, rng):
     a = _over(paper + grid[..., None], np.array([.62, .78, .98], np.float32), far*.7)
     a = _over(a, .25*paper + .7*obj.colour, obj.mask*.62)
     a = _over(a, np.array([.95, .98, 1.], np.float32), np.clip(obj.lines*1.15, 0, 1))
-    d = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5)); return _over(a, np.array([.9, .95, 1.], np.float32), (np.abs(d-29) < 1)*.8)
+    d = np.maximum(np.abs(_XX-31.5), np.abs(_YY-31.5))
+    return _over(a, np.array([.9, .95, 1.], np.float32), (np.abs(d-29) < 1)*.8)
 
 def _glass(obj, scene, pose, rng):
     v = rng.integers(VARIANTS); labels, leads = _panes(int(v))
@@ -541,7 +574,8 @@ def _glass(obj, scene, pose, rng):
     pane = (.55*mean[labels] + .45*scene[0])*tone[labels]
     body = obj.colour*(.35 + .65*tone[labels])
     a = _over(pane, body, obj.mask).astype(np.float32)
-    g = a.mean(-1, keepdims=True); a = np.clip(g + (a-g)*1.4, 0, 1)*(1.08 - .25*((_XX-32)**2 + (_YY-32)**2)/2048)[..., None]
+    g = a.mean(-1, keepdims=True)
+    a = np.clip(g + (a-g)*1.4, 0, 1)*(1.08 - .25*((_XX-32)**2 + (_YY-32)**2)/2048)[..., None]
     lead = np.maximum(leads*(1-obj.mask), np.clip(obj.lines, 0, 1))
     return _over(a, np.array([.1, .1, .12], np.float32), lead*.85)
 
@@ -603,7 +637,8 @@ def caption(noun, style, background=None, template=None, rng=None):
     "A caption of `noun`: wording number `template`, or a random one from `rng`, or the canonical one."
     options = _captions(noun, check_name('style', style, STYLES), background)
     if template is None: template = 0 if rng is None else int(rng.integers(len(options)))
-    if not 0 <= template < len(options): raise ValueError(f"template {template} is not in 0..{len(options)-1} for style {style!r}")
+    if not 0 <= template < len(options):
+        raise ValueError(f"template {template} is not in 0..{len(options)-1} for style {style!r}")
     return options[template]
 
 def all_captions(noun, style=None, background=''):
@@ -616,7 +651,8 @@ def all_captions(noun, style=None, background=''):
 def _captions(noun, style, background):
     "All wordings of one style and one background, canonical first."
     if background is not None: check_name('background', background, BACKGROUNDS)
-    phrases = BACKGROUND_PHRASES[background] if background is not None and style in DRAWS_BACKGROUND else ('',)
+    phrases = BACKGROUND_PHRASES[background] if background is not None and style in DRAWS_BACKGROUND else (
+        '',)
     return [f"{t.format(a=with_article(noun))} {p}".strip() for p in phrases for t in STYLE_TEMPLATES[style]]
 
 # %% ../../nbs/4_world/02_world.ipynb #b294ff15
@@ -640,17 +676,20 @@ def instance_vector(instance):
     def span(v): return 2*v - 1
     has_pattern, has_accessory = i.pattern != 'none', i.accessory != 'none'
     v = ring(i.hue1) + [span(i.sat1), span(i.val1)] + ring(i.hue2) + [span(i.sat2), span(i.val2)]
-    v += [float(i.pattern == p) for p in PATTERNS] + [span(i.frequency)*has_pattern, span(i.shape_a), span(i.shape_b)]
+    v += [float(i.pattern == p) for p in PATTERNS] + [span(i.frequency)*has_pattern, span(i.shape_a),
+        span(i.shape_b)]
     v += [float(i.accessory == a) for a in ACCESSORIES] + [h*has_accessory for h in ring(i.accessory_hue)]
     return np.array(v, np.float32)
 
 # %% ../../nbs/4_world/02_world.ipynb #ce36b242
 REFERENCE_BACKGROUNDS = ('plain', 'grass', 'beach', 'brick')
-REGIMES = ('varied', 'same place', 'same outfit')  # what the pictures of a reference set share, beside the subject
+# what the pictures of a reference set share, beside the subject
+REGIMES = ('varied', 'same place', 'same outfit')
 SHARED_PLACE = 'brick'
 
 def borrowed_outfit(instance):
-    "What `instance` wears in every picture of the regime 'same outfit': a hat of another colour, or a bow where it has a hat of its own."
+    """What `instance` wears in every picture of the regime 'same outfit': a hat of another colour, or a
+    bow where it has a hat of its own."""
     kind = 'bow' if instance.accessory == 'hat' else 'hat'
     return replace(instance, accessory=kind, accessory_hue=(instance.accessory_hue + .45) % 1)
 
@@ -672,9 +711,12 @@ def reference_set(name, noun=None, regime='varied', named=True, place=SHARED_PLA
     borrowed thing to wear. named: whether the captions name what all four share. place: of 'same place'."""
     subject = SUBJECTS[check_name('subject', name, SUBJECTS)]
     check_name('regime', regime, REGIMES), check_name('background', place, BACKGROUNDS)
-    if regime == 'varied' and not named: raise ValueError("named=False: pictures of the regime 'varied' share nothing that a caption could leave out")
+    if regime == 'varied' and not named:
+        raise ValueError(
+            "named=False: pictures of the regime 'varied' share nothing that a caption could leave out")
     shots = _shots(subject, regime, np.random.default_rng([2024, list(SUBJECTS).index(name)]), place)
-    return [(render(who, 'photo', b, pose, seed=[2024, k]), _words(noun or subject.cls, regime, named, who, b))
+    return [(render(who, 'photo', b, pose, seed=[2024, k]),
+             _words(noun or subject.cls, regime, named, who, b))
             for k, (who, b, pose) in enumerate(shots)]
 
 # %% ../../nbs/4_world/02_world.ipynb #f62e9f99
@@ -690,7 +732,8 @@ def random_example(rng, instance=None):
     (style, background), pose = random_labels(rng), random_pose(rng)
     picture = render(instance, style, background, pose, seed=int(rng.integers(2**31)))
     said = background if rng.random() < .85 else None
-    return picture, caption(instance.cls, style, said, rng=rng), dict(instance=instance, style=style, background=background, pose=pose)
+    return picture, caption(instance.cls, style, said, rng=rng), dict(instance=instance, style=style,
+        background=background, pose=pose)
 
 # %% ../../nbs/4_world/02_world.ipynb #ddd5dddb
 def _render_one(job):
@@ -713,16 +756,20 @@ def render_dataset(n_instances, pictures_per_instance, seed=0, processes=2):
     """Arrays for training, the same for any number of processes: images uint8 [N, 64, 64, 3]; cls, style, background
     int16 [N] (indices into the tuples); instance int32 [N]; vector float32 [N, len(VECTOR_NAMES)]."""
     n, p = n_instances, pictures_per_instance
-    if min(n, p, processes) < 1: raise ValueError("n_instances, pictures_per_instance and processes must be at least 1")
-    out = dict(images=np.empty((n, p, SIZE, SIZE, 3), np.uint8), cls=np.empty((n, p), np.int16), style=np.empty((n, p), np.int16),
+    if min(n, p, processes) < 1:
+        raise ValueError("n_instances, pictures_per_instance and processes must be at least 1")
+    out = dict(images=np.empty((n, p, SIZE, SIZE, 3), np.uint8), cls=np.empty((n, p), np.int16),
+               style=np.empty((n, p), np.int16),
                background=np.empty((n, p), np.int16), instance=np.empty((n, p), np.int32),
                vector=np.empty((n, p, len(VECTOR_NAMES)), np.float32))
     jobs = [(seed, i, p) for i in range(n)]
     if processes > 1: _warm()
     pool = multiprocessing.get_context('fork').Pool(processes) if processes > 1 else None
     try:
-        for i, (images, cls, style, background, vector) in enumerate(pool.imap(_render_one, jobs, 16) if pool else map(_render_one, jobs)):
-            out['images'][i], out['cls'][i], out['style'][i], out['background'][i] = images, cls, style, background
+        for i, (images, cls, style, background, vector) in enumerate(pool.imap(_render_one, jobs, 16)
+                if pool else map(_render_one, jobs)):
+            out['images'][i], out['cls'][i], out['style'][i], out['background'][
+                i] = images, cls, style, background
             out['instance'][i], out['vector'][i] = i, vector
     finally:
         if pool: pool.terminate()

@@ -27,11 +27,14 @@ from .tinyworld import random_labels, render_dataset, STYLES
 
 # %% ../../nbs/4_world/04_training.ipynb #c005
 RECIPES = {
-    "cpu":  dict(instances=24_000, vae=(16, 32, 64), unet=(32, 64, 128), vae_samples=(80_000, 96_000), decoder_samples=36_000, vae_batch=16, samples=(288_000, 352_000), batch=32,
+    "cpu":  dict(instances=24_000, vae=(16, 32, 64), unet=(32, 64, 128), vae_samples=(80_000, 96_000),
+                 decoder_samples=36_000, vae_batch=16, samples=(288_000, 352_000), batch=32,
                  judge_samples=130_000, judge_instances=24, rebuilt=14_000, precision="bf16"),
-    "gpu":  dict(instances=150_000, vae=(32, 64, 128), unet=(64, 128, 256), vae_samples=(2_000_000,), decoder_samples=200_000, vae_batch=128, samples=(8_000_000,), batch=256,
+    "gpu":  dict(instances=150_000, vae=(32, 64, 128), unet=(64, 128, 256), vae_samples=(2_000_000,),
+                 decoder_samples=200_000, vae_batch=128, samples=(8_000_000,), batch=256,
                  judge_samples=1_000_000, judge_instances=48, rebuilt=100_000, precision="bf16"),
-    "test": dict(instances=24, vae=(16, 16, 16), unet=(16, 16, 32), vae_samples=(32, 32), decoder_samples=32, vae_batch=16, samples=(64, 64), batch=32,
+    "test": dict(instances=24, vae=(16, 16, 16), unet=(16, 16, 32), vae_samples=(32, 32),
+                 decoder_samples=32, vae_batch=16, samples=(64, 64), batch=32,
                  judge_samples=96, judge_instances=4, rebuilt=24, precision="fp32"),
 }
 PICTURES_PER_INSTANCE = 4   # the judge's contrastive loss wants several pictures of everyone
@@ -66,11 +69,14 @@ def train(model, loss_fn, steps, file, *, peak, seed=(0,), device="cpu", weight_
     step, log, spent, recent = 0, [], 0.0, []
     if Path(file).exists():
         state = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"]); average.load_state_dict(state["average"]); optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
         step, log, spent = state["step"], state["log"], state["seconds"]
 
     def checkpoint():
-        save_atomically(dict(model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
+        save_atomically(dict(model=model.state_dict(), average=average.state_dict(),
+                             optimizer=optimizer.state_dict(),
                              step=step, log=log, seconds=spent + time.monotonic() - start), file)
 
     start = saved = time.monotonic()
@@ -80,14 +86,17 @@ def train(model, loss_fn, steps, file, *, peak, seed=(0,), device="cpu", weight_
             for group in optimizer.param_groups: group["lr"] = learning_rate(peak, step, steps)
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                 loss, numbers = loss_fn(step, step_generator(*seed, step))
-            if not torch.isfinite(loss): raise FloatingPointError(f"{Path(file).stem}: the loss became {loss.item()} at step {step}")
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{Path(file).stem}: the loss became {loss.item()} at step {step}")
             optimizer.zero_grad(); loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step(); ema_update(average, model, step)
             step += 1; recent.append(numbers); bar.update()
             if step % 250 == 0 or step == steps:
                 means = {k: float(np.mean([float(r[k]) for r in recent])) for k in numbers}
-                log.append(dict(step=step, seconds=round(spent + time.monotonic() - start), **{k: round(v, 5) for k, v in means.items()})); recent = []
+                log.append(dict(step=step, seconds=round(spent + time.monotonic() - start),
+                                **{k: round(v, 5) for k, v in means.items()}))
+                recent = []
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
             if time.monotonic() - saved > checkpoint_seconds:
                 checkpoint(); saved = time.monotonic()
@@ -104,7 +113,8 @@ def train_rounds(model, loss_fn, rounds, file, *, seed=0, on_checkpoint=None, **
     for i, steps in enumerate(rounds):
         before, spent = sum(rounds[:i]), log[-1]["seconds"] if log else 0
         look = on_checkpoint and (lambda step, average: on_checkpoint((before + step) / sum(rounds), average))
-        part, average, step = train(model, loss_fn, steps, file.with_stem(f"{file.stem}-{i}"), seed=(seed, i), on_checkpoint=look, **options)
+        part, average, step = train(model, loss_fn, steps, file.with_stem(f"{file.stem}-{i}"),
+                                    seed=(seed, i), on_checkpoint=look, **options)
         log += [dict(r, step=before + r["step"], seconds=spent + r["seconds"]) for r in part]
         if step < steps: break
         model.load_state_dict(average.state_dict())
@@ -112,7 +122,8 @@ def train_rounds(model, loss_fn, rounds, file, *, seed=0, on_checkpoint=None, **
 
 # %% ../../nbs/4_world/04_training.ipynb #c011
 def render_stage(work, recipe, seed=1, processes=2):
-    "Render the training pictures into `work`; done once. Returns (pictures [N, 64, 64, 3] uint8, memory-mapped; dict of labels)."
+    """Render the training pictures into `work`; done once. Returns (pictures [N, 64, 64, 3] uint8,
+    memory-mapped; dict of labels)."""
     pictures, labels = work / "pictures.npy", work / "labels.npz"
     if not labels.exists():
         data = render_dataset(recipe["instances"], PICTURES_PER_INSTANCE, seed=seed, processes=processes)
@@ -128,14 +139,18 @@ def to_tensor(pictures, device="cpu"):
 def build_vae(channels):
     "`AutoencoderKL` for RGB 64×64 pictures and 4×16×16 latents; `channels`: widths at 64, 32 and 16 pixels."
     from diffusers import AutoencoderKL
-    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, sample_size=64, layers_per_block=1, norm_num_groups=8,
-                         block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, sample_size=64,
+                         layers_per_block=1, norm_num_groups=8,
+                         block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 3,
+                         up_block_types=("UpDecoderBlock2D",) * 3,
                          mid_block_add_attention=False)
 
 def picture_loss(rebuilt, pictures):
-    "(absolute, squared and edge error, PSNR in dB) of reconstructions of pictures, both [N, 3, 64, 64] in [-1, 1]."
+    """(absolute, squared and edge error, PSNR in dB) of reconstructions of pictures, both [N, 3, 64, 64]
+    in [-1, 1]."""
     error = rebuilt.float() - pictures
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1,
+        :]).abs().mean()
     mse = error.square().mean()
     return error.abs().mean() + 2 * mse + 0.25 * edges, 10 * math.log10(4 / mse.item())
 
@@ -152,11 +167,13 @@ def vae_stage(work, recipe, pictures, device="cpu", seed=0, limit_seconds=None):
     torch.manual_seed(seed)
     vae, held_out = build_vae(recipe["vae"]).to(device), max(len(pictures) // 100, 4)
     def loss_fn(step, generator):
-        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],), generator=generator).sort().values.numpy()
+        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],),
+                             generator=generator).sort().values.numpy()
         noise = torch.randn(len(rows), 4, 16, 16, generator=generator).to(device)
         return vae_loss(vae, to_tensor(pictures[rows], device), noise)
     rounds = [n // recipe["vae_batch"] for n in recipe["vae_samples"]]
-    log, average, done = train_rounds(vae, loss_fn, rounds, work / "vae.pt", peak=2e-3, device=device, weight_decay=1e-4, seed=seed,
+    log, average, done = train_rounds(vae, loss_fn, rounds, work / "vae.pt", peak=2e-3, device=device,
+                                      weight_decay=1e-4, seed=seed,
                                       precision=recipe["precision"], limit_seconds=limit_seconds)
     if done:
         average.eval()
@@ -172,12 +189,16 @@ def decoder_stage(work, recipe, pictures, latents, device="cpu", seed=0, limit_s
     vae, held_out = AutoencoderKL.from_pretrained(work / "vae").to(device), max(len(pictures) // 100, 4)
     for part in (vae.encoder, vae.quant_conv): part.requires_grad_(False)
     def loss_fn(step, generator):
-        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],), generator=generator).sort().values
-        noisy = latents[rows].float() + 0.01 * torch.randn(len(rows), 4, 16, 16, generator=generator)     # no painter is exact
-        loss, psnr = picture_loss(vae.decode(noisy.to(device)).sample, to_tensor(pictures[rows.numpy()], device))
+        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],),
+                             generator=generator).sort().values
+        # no painter is exact
+        noisy = latents[rows].float() + 0.01 * torch.randn(len(rows), 4, 16, 16, generator=generator)
+        loss, psnr = picture_loss(vae.decode(noisy.to(device)).sample,
+                                  to_tensor(pictures[rows.numpy()], device))
         return loss, dict(psnr=psnr)
     steps = recipe["decoder_samples"] // recipe["vae_batch"]
-    log, average, step = train(vae, loss_fn, steps, work / "decoder.pt", peak=1e-3, device=device, weight_decay=1e-4, seed=(seed,),
+    log, average, step = train(vae, loss_fn, steps, work / "decoder.pt", peak=1e-3, device=device,
+                               weight_decay=1e-4, seed=(seed,),
                                precision=recipe["precision"], limit_seconds=limit_seconds)
     if step == steps:
         average.eval().save_pretrained(work / "vae_final")
@@ -187,16 +208,19 @@ def decoder_stage(work, recipe, pictures, latents, device="cpu", seed=0, limit_s
 def encode(vae, pictures, device="cpu", precision="fp32", batch=256):
     "The latents' means [N, 4, 16, 16] of uint8 pictures, not scaled."
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        parts = [vae.encode(to_tensor(pictures[i:i + batch], device)).latent_dist.mean.float().cpu() for i in range(0, len(pictures), batch)]
+        parts = [vae.encode(to_tensor(pictures[i:i + batch], device)).latent_dist.mean.float().cpu()
+                 for i in range(0, len(pictures), batch)]
     return torch.cat(parts)
 
 @torch.no_grad()
 def psnr_by_style(vae, pictures, styles, device="cpu"):
     "Peak signal-to-noise ratio in dB of the reconstructions, per style and over all (higher is better)."
     truth = to_tensor(pictures, device)
-    rebuilt = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in truth.split(64)])
+    rebuilt = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1)
+                         for part in truth.split(64)])
     psnr = (10 * torch.log10(4 / (rebuilt - truth).square().mean((1, 2, 3)))).cpu()
-    table = {style: psnr[torch.from_numpy(styles == i)].mean().item() for i, style in enumerate(STYLES) if (styles == i).any()}
+    table = {style: psnr[torch.from_numpy(styles == i)].mean().item() for i,
+             style in enumerate(STYLES) if (styles == i).any()}
     return dict(table, all=psnr.mean().item())
 
 # %% ../../nbs/4_world/04_training.ipynb #c015
@@ -214,15 +238,18 @@ def build_tokenizer(folder, vocabulary=2048):
         pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 2 - len(alphabet), end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 2 - len(alphabet), end_of_word_suffix="</w>",
+                                  initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(captions * 3 + english, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's own order: bytes, bytes that end a word, merges, then the two specials
     pieces = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(pair) for pair in merges)]
     names = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)},
+                                                  ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)])
+                                       + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -233,50 +260,63 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 def build_text_encoder(tokenizer, pooled, width=64):
     "A two-layer CLIP text encoder; `pooled`: with the projection that SDXL's second encoder has."
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-                            max_position_embeddings=MAX_TOKENS, projection_dim=width, hidden_act="gelu" if pooled else "quick_gelu",
-                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+                            num_hidden_layers=2, num_attention_heads=4,
+                            max_position_embeddings=MAX_TOKENS, projection_dim=width,
+                            hidden_act="gelu" if pooled else "quick_gelu",
+                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)
     return (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config)
 
 def build_unet(channels, text_width=128, pooled_width=64):
-    "SDXL's UNet, small: no attention at 16×16, one transformer layer at 8×8 and 4×4, text and size conditioning."
+    """SDXL's UNet, small: no attention at 16×16, one transformer layer at 8×8 and 4×4, text and size
+    conditioning."""
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1, norm_num_groups=16,
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
+                                norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width, attention_head_dim=tuple(max(c // 32, 1) for c in channels), use_linear_projection=True,
+        cross_attention_dim=text_width, attention_head_dim=tuple(max(c // 32, 1) for c in channels),
+                                use_linear_projection=True,
         transformer_layers_per_block=1, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=pooled_width + 6 * 8)
 
 def build_scheduler():
     "SDXL's own noise schedule and sampler."
     from diffusers import EulerDiscreteScheduler
-    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  num_train_timesteps=1000,
                                   prediction_type="epsilon", timestep_spacing="leading", steps_offset=1)
 
 class Painter(torch.nn.Module):
     "The three networks that learn together; called like SDXL calls them."
     def __init__(self, tokenizer, channels):
         super().__init__()
-        self.text_encoder, self.text_encoder_2 = build_text_encoder(tokenizer, False), build_text_encoder(tokenizer, True)
+        self.text_encoder, self.text_encoder_2 = build_text_encoder(tokenizer,
+            False), build_text_encoder(tokenizer, True)
         self.unet = build_unet(channels)
 
     def forward(self, latents, timesteps, tokens):
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]], device=latents.device).expand(len(latents), 6)   # original size, crop, target size
-        return self.unet(latents, timesteps, hidden, added_cond_kwargs=dict(text_embeds=second.text_embeds, time_ids=sizes)).sample
+        # original size, crop, target size
+        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]], device=latents.device).expand(len(latents), 6)
+        return self.unet(latents, timesteps, hidden, added_cond_kwargs=dict(text_embeds=second.text_embeds,
+            time_ids=sizes)).sample
 
 # %% ../../nbs/4_world/04_training.ipynb #c020
 EMPTY_CAPTIONS, PLACELESS_CAPTIONS, MIN_SNR = 1 / 12, 1 / 7, 5.0
 
 def caption_table(tokenizer):
-    "Token ids of every caption: a list [class][style][background, the last one = no place said] of int tensors [wordings, MAX_TOKENS]."
+    """Token ids of every caption: a list [class][style][background, the last one = no place said] of int
+    tensors [wordings, MAX_TOKENS]."""
     def ids(texts):
-        return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-    return [[[ids(all_captions(noun, style, background)) for background in (*BACKGROUNDS, None)] for style in STYLES] for noun in CLASSES]
+        return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                         return_tensors="pt").input_ids
+    return [[[ids(all_captions(noun, style, background)) for background in (*BACKGROUNDS, None)]
+             for style in STYLES] for noun in CLASSES]
 
 def draw_captions(table, empty, labels, rows, generator):
     "One random wording for each of `rows`: int [len(rows), MAX_TOKENS]."
@@ -284,20 +324,24 @@ def draw_captions(table, empty, labels, rows, generator):
     chosen = []
     for row, (drop, place, wording) in zip(rows, u.tolist()):
         if drop < EMPTY_CAPTIONS: chosen.append(empty); continue
-        texts = table[labels["cls"][row]][labels["style"][row]][-1 if place < PLACELESS_CAPTIONS else labels["background"][row]]
+        texts = table[labels["cls"][row]][labels["style"][row]][-1 if place < PLACELESS_CAPTIONS
+            else labels["background"][row]]
         chosen.append(texts[int(wording * len(texts))])
     return torch.stack(chosen)
 
 def min_snr_mse(prediction, noise, snr):
-    "Mean squared error of the noise, weighted by min(SNR, 5)/SNR; `snr` [B]. Returns (weighted mean, plain mean)."
+    """Mean squared error of the noise, weighted by min(SNR, 5)/SNR; `snr` [B]. Returns (weighted mean,
+    plain mean)."""
     error = (prediction.float() - noise).square().mean((1, 2, 3))
     return (error * snr.clamp(max=MIN_SNR) / snr).mean(), error.mean()
 
-def denoiser_stage(work, recipe, latents, labels, device="cpu", seed=0, on_checkpoint=None, limit_seconds=None):
+def denoiser_stage(work, recipe, latents, labels, device="cpu", seed=0, on_checkpoint=None,
+                   limit_seconds=None):
     """Train text encoders and UNet together on scaled `latents` [N, 4, 16, 16]; writes their moving average to `work/painter` when
     all steps are done. `on_checkpoint(fraction done, moving average, tokenizer)` may look on."""
     tokenizer = build_tokenizer(work / "tokenizer")
-    table, empty = caption_table(tokenizer), tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
+    table, empty = caption_table(tokenizer), tokenizer("", padding="max_length", max_length=MAX_TOKENS,
+        return_tensors="pt").input_ids[0]
     torch.manual_seed(seed)
     painter = Painter(tokenizer, recipe["unet"]).to(device)
     alphas = build_scheduler().alphas_cumprod
@@ -315,45 +359,60 @@ def denoiser_stage(work, recipe, latents, labels, device="cpu", seed=0, on_check
         return weighted, dict(loss=weighted.item(), mse=plain.item())
 
     look = on_checkpoint and (lambda done, average: on_checkpoint(done, average, tokenizer))
-    log, average, done = train_rounds(painter, loss_fn, [n // recipe["batch"] for n in recipe["samples"]], work / "painter.pt", peak=1e-3, device=device,
-                                      seed=seed, precision=recipe["precision"], on_checkpoint=look, limit_seconds=limit_seconds)
+    log, average, done = train_rounds(painter, loss_fn, [n // recipe["batch"] for n in recipe["samples"]],
+                                      work / "painter.pt", peak=1e-3, device=device,
+                                      seed=seed, precision=recipe["precision"], on_checkpoint=look,
+                                      limit_seconds=limit_seconds)
     if done:
-        for part in ("unet", "text_encoder", "text_encoder_2"): getattr(average, part).save_pretrained(work / "painter" / part)
+        for part in ("unet", "text_encoder", "text_encoder_2"):
+            getattr(average, part).save_pretrained(work / "painter" / part)
     return log
 
 # %% ../../nbs/4_world/04_training.ipynb #c022
 def judge_stage(work, recipe, pictures, labels, rebuilt=None, device="cpu", seed=0, limit_seconds=None):
-    "Train the judge; `rebuilt`: reconstructions of the first pictures, uint8 like them. Writes `work/judge.safetensors`."
+    """Train the judge; `rebuilt`: reconstructions of the first pictures, uint8 like them. Writes
+    `work/judge.safetensors`."""
     from safetensors.torch import save_file
     torch.manual_seed(seed)
     judge = Judge().to(device)
     n, held_out = len(pictures) // PICTURES_PER_INSTANCE, max(len(pictures) // PICTURES_PER_INSTANCE // 50, 1)
-    per_class = [np.flatnonzero(labels["cls"][::PICTURES_PER_INSTANCE][: n - held_out] == c) for c in range(len(CLASSES))]
+    per_class = [np.flatnonzero(labels["cls"][::PICTURES_PER_INSTANCE][: n - held_out] == c)
+                 for c in range(len(CLASSES))]
     per_class = [ids for ids in per_class if len(ids)]
 
     def loss_fn(step, generator):
         chosen = []
-        for c in torch.randperm(len(per_class), generator=generator)[:2].tolist():       # two classes: the hard negatives
+        # two classes: the hard negatives
+        for c in torch.randperm(len(per_class), generator=generator)[:2].tolist():
             ids = per_class[c]
-            chosen.append(ids[torch.randint(len(ids), (recipe["judge_instances"] // 2,), generator=generator).numpy()])
-        rows = np.unique(np.concatenate(chosen))[:, None] * PICTURES_PER_INSTANCE + np.arange(PICTURES_PER_INSTANCE)
+            chosen.append(ids[torch.randint(len(ids), (recipe["judge_instances"] // 2,),
+                                            generator=generator).numpy()])
+        rows = np.unique(np.concatenate(chosen))[:,
+                                                 None] * PICTURES_PER_INSTANCE + np.arange(
+            PICTURES_PER_INSTANCE)
         rows = rows.ravel()
         batch = np.asarray(pictures[rows])
         if rebuilt is not None:
             swap = (torch.rand(len(rows), generator=generator).numpy() < 0.5) & (rows < len(rebuilt))
             batch = batch.copy(); batch[swap] = rebuilt[rows[swap]]
         images = to_tensor(batch, device)
-        images = images + 0.06 * torch.rand((), generator=generator).to(device) * torch.randn(images.shape, generator=generator).to(device)
-        truth = {k: torch.from_numpy(labels[k][rows]).to(device) for k in ("cls", "style", "background", "instance", "vector")}
+        images = images + 0.06 * torch.rand((), generator=generator).to(device) * torch.randn(images.shape,
+            generator=generator).to(device)
+        truth = {k: torch.from_numpy(labels[k][rows]).to(device)
+                 for k in ("cls", "style", "background", "instance", "vector")}
         truth = {k: v.long() if k != "vector" else v for k, v in truth.items()}
-        truth["shows_background"] = torch.tensor([STYLES[s] in DRAWS_BACKGROUND for s in labels["style"][rows]], device=device)
+        truth["shows_background"] = torch.tensor([STYLES[s] in DRAWS_BACKGROUND
+                                                  for s in labels["style"][rows]], device=device)
         answers = {k: v.float() for k, v in judge(images).items()}
         loss = judge_loss(answers, truth)
-        return loss, dict(loss=loss.item(), style=(answers["style"].argmax(1) == truth["style"]).float().mean().item(),
+        return loss, dict(loss=loss.item(),
+                          style=(answers["style"].argmax(1) == truth["style"]).float().mean().item(),
                           cls=(answers["cls"].argmax(1) == truth["cls"]).float().mean().item())
     steps = max(recipe["judge_samples"] // (recipe["judge_instances"] * PICTURES_PER_INSTANCE), 1)
-    log, average, step = train(judge, loss_fn, steps, work / "judge.pt", peak=2e-3, device=device, weight_decay=1e-3, seed=(seed,), limit_seconds=limit_seconds)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}   # not the average: batch norm's statistics belong to these weights
+    log, average, step = train(judge, loss_fn, steps, work / "judge.pt", peak=2e-3, device=device,
+                               weight_decay=1e-3, seed=(seed,), limit_seconds=limit_seconds)
+    # not the average: batch norm's statistics belong to these weights
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
     save_file({k: v.contiguous().cpu() for k, v in weights.items()}, work / "judge.safetensors")
     return log
 
@@ -362,13 +421,15 @@ def rebuild(vae, latents, batch=128, device="cpu", precision="fp32"):
     "Decode [N, 4, 16, 16] unscaled latents into uint8 pictures [N, 64, 64, 3]."
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         parts = [vae.decode(part.float().to(device)).sample for part in latents.split(batch)]
-    return ((torch.cat(parts).float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return ((torch.cat(parts).float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3,
+        1).cpu().numpy()
 
 # %% ../../nbs/4_world/04_training.ipynb #c024
 def assemble(vae, painter, tokenizer):
     "A stock `StableDiffusionXLPipeline` from the trained parts."
     from diffusers import StableDiffusionXLPipeline
-    pipe = StableDiffusionXLPipeline(vae=vae, unet=painter.unet, text_encoder=painter.text_encoder, text_encoder_2=painter.text_encoder_2,
+    pipe = StableDiffusionXLPipeline(vae=vae, unet=painter.unet, text_encoder=painter.text_encoder,
+                                     text_encoder_2=painter.text_encoder_2,
                                      tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=build_scheduler(),
                                      force_zeros_for_empty_prompt=False, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -383,42 +444,53 @@ def export(work, folder):
     parts.unet = UNet2DConditionModel.from_pretrained(painter / "unet")
     parts.text_encoder = CLIPTextModel.from_pretrained(painter / "text_encoder")
     parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(painter / "text_encoder_2")
-    pipe = assemble(AutoencoderKL.from_pretrained(work / "vae_final"), parts, CLIPTokenizer.from_pretrained(work / "tokenizer"))
-    pipe.unet.half(); pipe.vae.half()          # not the small text encoders: transformers 5 would load them in half precision, beside a UNet in full
+    pipe = assemble(AutoencoderKL.from_pretrained(work / "vae_final"), parts,
+                    CLIPTokenizer.from_pretrained(work / "tokenizer"))
+    # not the small text encoders: transformers 5 would load them in half precision, beside a UNet in full
+    pipe.unet.half(); pipe.vae.half()
     pipe.save_pretrained(folder)
     readable_by_older_versions(Path(folder))
 
 def readable_by_older_versions(folder):
-    "Write down twice what transformers 5 writes in a new way only: the tokenizers' vocabulary and the first text encoder's names."
+    """Write down twice what transformers 5 writes in a new way only: the tokenizers' vocabulary and the
+    first text encoder's names."""
     from safetensors.torch import load_file, save_file
     for part in ("tokenizer", "tokenizer_2"):
         bpe = json.loads((folder / part / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         words = dict(sorted(bpe["vocab"].items(), key=lambda item: item[1]))
         (folder / part / "vocab.json").write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-        (folder / part / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+        (folder / part / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n",
+                                                  encoding="utf-8")
     weights = load_file(file := folder / "text_encoder" / "model.safetensors")
     if not any(name.startswith("text_model.") for name in weights):
-        save_file({f"text_model.{name}": value.contiguous() for name, value in weights.items()}, file, metadata={"format": "pt"})
-    for file in folder.glob("*/config.json"):                            # where the parts lay during training is nobody's business
+        save_file({f"text_model.{name}": value.contiguous() for name, value in weights.items()}, file,
+                  metadata={"format": "pt"})
+    # where the parts lay during training is nobody's business
+    for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None): file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if config.pop("_name_or_path", None):
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 # %% ../../nbs/4_world/04_training.ipynb #c026
 def frechet_distance(a, b):
-    "Fréchet distance of the Gaussians fitted to two sets of features [N, D] (Heusel et al. 2017); 0 for the same Gaussian."
+    """Fréchet distance of the Gaussians fitted to two sets of features [N, D] (Heusel et al. 2017); 0 for
+    the same Gaussian."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).clamp(min=0).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace()
+            + cov_b.trace() - 2 * root).clamp(min=0).item()
 
 def paint_prompts(pipe, labels, seed=0, steps=30, guidance_scale=5.0, batch=50):
-    "Pictures [N, 3, 64, 64] in [-1, 1] for a list of (noun, style, background), canonical captions, plain CFG."
+    """Pictures [N, 3, 64, 64] in [-1, 1] for a list of (noun, style, background), canonical captions,
+    plain CFG."""
     prompts, pictures = [caption(*label) for label in labels], []
     generator = torch.Generator().manual_seed(seed)
     for i in tqdm(range(0, len(prompts), batch), desc="painting", leave=False):
         latents = torch.randn(len(prompts[i:i + batch]), 4, 16, 16, generator=generator)
-        out = pipe(prompts[i:i + batch], latents=latents.to(pipe.device), num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt")
+        out = pipe(prompts[i:i + batch], latents=latents.to(pipe.device), num_inference_steps=steps,
+                   guidance_scale=guidance_scale, output_type="pt")
         pictures.append(out.images.float().cpu() * 2 - 1)
     return torch.cat(pictures)
 
@@ -426,34 +498,42 @@ def score_model(pipe, judge, n=1000, seed=0, **kwargs):
     """How well `pipe` follows `n` random prompts, by the judge: shares of right style, class and background (0..1), the Fréchet distance
     to `n` fresh renders and its floor (two disjoint sets of renders)."""
     rng = np.random.default_rng([seed, 77])
-    labels = [(CLASSES[rng.integers(len(CLASSES))], *random_labels(rng, photo=1 / len(STYLES))) for _ in range(n)]
+    labels = [(CLASSES[rng.integers(len(CLASSES))], *random_labels(rng, photo=1 / len(STYLES)))
+              for _ in range(n)]
     answers = judge_images(judge, paint_prompts(pipe, labels, seed, **kwargs))
-    truth = {"cls": [CLASSES.index(c) for c, _, _ in labels], "style": [STYLES.index(s) for _, s, _ in labels],
+    truth = {"cls": [CLASSES.index(c) for c, _, _ in labels],
+             "style": [STYLES.index(s) for _, s, _ in labels],
              "background": [BACKGROUNDS.index(b) for _, _, b in labels]}
-    right = {name: (answers[name].argmax(1) == torch.tensor(ids)).float().mean().item() for name, ids in truth.items()}
+    right = {name: (answers[name].argmax(1) == torch.tensor(ids)).float().mean().item() for name,
+             ids in truth.items()}
     real = [render_matching(labels, [seed, 100 + k]) for k in range(2)]
     features = [judge_images(judge, pictures)["features"] for pictures in real]
-    return dict(right, frechet=frechet_distance(answers["features"], features[0]), floor=frechet_distance(features[1], features[0]), n=n)
+    return dict(right, frechet=frechet_distance(answers["features"], features[0]),
+                floor=frechet_distance(features[1], features[0]), n=n)
 
 def render_matching(labels, seed):
     "One fresh render for each (class, style, background), instance and pose at random: uint8 [N, 64, 64, 3]."
     from parallel_rescale.world.tinyworld import random_instance, random_pose, render
     rng = np.random.default_rng(seed)
-    return np.stack([render(random_instance(rng, c), s, b, random_pose(rng), seed=int(rng.integers(1 << 30))) for c, s, b in labels])
+    return np.stack([render(random_instance(rng, c), s, b, random_pose(rng),
+                            seed=int(rng.integers(1 << 30))) for c, s, b in labels])
 
 # %% ../../nbs/4_world/04_training.ipynb #c029
 def main(work,                 # folder for everything in between; killed runs go on from here
          output=None,          # folder for the finished model; default: `work/tiny_sdxl`
          recipe="cpu",         # a name in `RECIPES`
          seed=0, device=None, processes=2):
-    "Train the embedded model from nothing: render, autoencoder, judge, denoiser, export. Returns the log, a dict of lists."
+    """Train the embedded model from nothing: render, autoencoder, judge, denoiser, export. Returns the
+    log, a dict of lists."""
     from diffusers import AutoencoderKL
     from parallel_rescale.world.judge import load_judge
     from parallel_rescale.tools.util import check_name
     recipe, work = RECIPES[check_name("recipe", recipe, RECIPES)], Path(work)
     work.mkdir(parents=True, exist_ok=True)
-    if (known := work / "recipe.json").exists() and json.loads(known.read_text()) != json.loads(json.dumps(dict(recipe, seed=seed))):
-        raise ValueError(f"work: {work} holds a run of another recipe or seed ({known.read_text()}); give a new folder or finish that run")
+    if (known := work / "recipe.json").exists() and json.loads(known.read_text()) != json.loads(
+            json.dumps(dict(recipe, seed=seed))):
+        raise ValueError(f"work: {work} holds a run of another recipe or seed ({known.read_text()}); give "
+                         f"a new folder or finish that run")
     write_json(known, dict(recipe, seed=seed))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pictures, labels = render_stage(work, recipe, seed + 1, processes)
@@ -463,34 +543,44 @@ def main(work,                 # folder for everything in between; killed runs g
     log["decoder"] = decoder_stage(work, recipe, pictures, latents, device, seed)
     vae = AutoencoderKL.from_pretrained(work / "vae_final").to(device).eval().requires_grad_(False)
     if not (file := work / "rebuilt.npy").exists():
-        np.save(part := work / "rebuilt.part.npy", rebuild(vae, latents[:recipe["rebuilt"]], device=device, precision=recipe["precision"])); part.replace(file)
+        np.save(part := work / "rebuilt.part.npy", rebuild(vae, latents[:recipe["rebuilt"]], device=device,
+            precision=recipe["precision"]))
+        part.replace(file)
     rebuilt = np.load(file, mmap_mode="r")
     log["judge"] = judge_stage(work, recipe, pictures, labels, rebuilt, device, seed)
     judge = load_judge(work / "judge.safetensors")
 
-    def look(done, painter, tokenizer):                              # eight contact sheets on the way, with the judge's figures
+    # eight contact sheets on the way, with the judge's figures
+    def look(done, painter, tokenizer):
         if (sheet := work / f"progress-{int(done * 8)}.png").exists(): return
-        figures = dict(done=round(done, 3), **save_sheet(assemble(vae, painter.eval(), tokenizer), judge, sheet))
+        figures = dict(done=round(done, 3), **save_sheet(assemble(vae, painter.eval(), tokenizer), judge,
+            sheet))
         with (work / "progress.jsonl").open("a") as file: file.write(json.dumps(figures) + "\n")
 
-    log["denoiser"] = denoiser_stage(work, recipe, latents * vae.config.scaling_factor, labels, device, seed, on_checkpoint=look)
-    log["progress"] = [json.loads(line) for line in (work / "progress.jsonl").open()] if (work / "progress.jsonl").exists() else []
+    log["denoiser"] = denoiser_stage(work, recipe, latents * vae.config.scaling_factor, labels, device,
+                                     seed, on_checkpoint=look)
+    log["progress"] = [json.loads(line) for line in (work / "progress.jsonl").open()] if (
+        work / "progress.jsonl").exists() else []
     export(work, output or work / "tiny_sdxl")
     write_json(work / "log.json", log)
     return log
 
 def cached_latents(work, vae, pictures, device="cpu", precision="fp32"):
     "All pictures' unscaled latents as float16 [N, 4, 16, 16], computed once."
-    if not (file := work / "latents.pt").exists(): save_atomically(encode(vae, pictures, device, precision).half(), file)
+    if not (file := work / "latents.pt").exists():
+        save_atomically(encode(vae, pictures, device, precision).half(), file)
     return torch.load(file, weights_only=True)
 
 def save_sheet(pipe, judge, file, steps=20):
-    "A contact sheet, every style x eight classes in one seed, saved as PNG; returns the judge's shares of right style and class on it."
+    """A contact sheet, every style x eight classes in one seed, saved as PNG; returns the judge's shares
+    of right style and class on it."""
     from PIL import Image
-    labels = [(cls, style, BACKGROUNDS[(i + j) % 8]) for i, style in enumerate(STYLES) for j, cls in enumerate(CLASSES)]
+    labels = [(cls, style, BACKGROUNDS[(i + j) % 8]) for i, style in enumerate(STYLES) for j,
+              cls in enumerate(CLASSES)]
     pictures = paint_prompts(pipe, labels, steps=steps, batch=32)
     pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).reshape(8, 8, 64, 64, 3)
     Image.fromarray(pixels.permute(0, 2, 1, 3, 4).reshape(512, 512, 3).numpy()).save(file)
     answers = judge_images(judge, pictures)
-    return {name: (answers[name].argmax(1) == torch.tensor([known.index(label[i]) for label in labels])).float().mean().item()
+    return {name: (answers[name].argmax(1) == torch.tensor([known.index(label[i])
+        for label in labels])).float().mean().item()
             for i, (name, known) in enumerate([("cls", CLASSES), ("style", STYLES)])}
