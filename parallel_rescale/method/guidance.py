@@ -40,6 +40,7 @@ class _AdapterScales(dict):
     def __hash__(self): return hash(frozenset(self.items()))
     def __reduce__(self): return _AdapterScales, (dict(self),)
 
+# %% ../../nbs/1_method/05_guidance.ipynb #c009a1
 def _adapter(owner, name, value):
     """An adapter scale as a float, or as a mapping adapter name → float (a name alone means that adapter
     at 1)."""
@@ -78,6 +79,7 @@ def _resolved(cls, field):
                                  "Adapter": Adapter} | vars(sys.modules[owner.__module__]))
     except (NameError, AttributeError): return field.type      # a name for type checkers alone is no scale
 
+# %% ../../nbs/1_method/05_guidance.ipynb #c014a1
 @cache
 def _scale_fields(cls) -> dict:
     "Field name → `Scale`, `Share` or `Adapter`, of those fields of a rule that are one."
@@ -124,6 +126,7 @@ def _plain(value):
     if isinstance(value, (tuple, list)): return [_plain(v) for v in value]
     return getattr(value, "__qualname__", None) or repr(value)
 
+# %% ../../nbs/1_method/05_guidance.ipynb #g009a1
 def _class_name(cls):
     "The class as files name it: those of this package stay the same wherever their module moves."
     package, _, rest = cls.__module__.partition(".")

@@ -20,6 +20,7 @@ def _moments(p):
     flat = std <= 1e-6 * p.abs().amax(dims, keepdim=True)
     return mean, std, flat
 
+# %% ../../nbs/1_method/04_normalization.ipynb #c008a1
 def normalize_ratio(p): # p [B, 1, H, W]
     """p̂ = (p − μ)/σ over the locations of each sample (our reading of arXiv 2506.00607, Eq. 7), float32;
     0 where σ is ~0."""

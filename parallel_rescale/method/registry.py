@@ -59,6 +59,7 @@ def _arguments(spec, rest):
     # of an argument given twice the first counts
     return {key.strip(): _value(value.strip()) for key, _, value in reversed(pairs)}
 
+# %% ../../nbs/1_method/08_registry.ipynb #g008a1
 def _wrapped(made, plan):
     "A rule in the wrappers that `plan` asks for: `start` and `stop`, `every`."
     if {"start", "stop"} & plan.keys(): made = interval(made, plan.get("start", 0.), plan.get("stop", 1.))

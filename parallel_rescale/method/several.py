@@ -82,6 +82,7 @@ def _box(value):
                          f"bottom) in [0, 1], got {value!r}")
     return box
 
+# %% ../../nbs/1_method/12_several.ipynb #g002a1
 def _regions(value, n):
     "n boxes, or none."
     boxes = tuple(map(_box, _listed(value)))

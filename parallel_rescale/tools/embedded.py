@@ -30,6 +30,7 @@ def _read_text(file):
     except ValueError as error:
         raise ValueError(f"{file} of the embedded model is not valid JSON ({error}); {_REPAIR}") from None
 
+# %% ../../nbs/0_tools/03_embedded.ipynb #c008ba1
 def _read_weights(file):
     from safetensors import safe_open
     try:
@@ -37,6 +38,7 @@ def _read_weights(file):
     except Exception as error:
         raise ValueError(f"{file} of the embedded model cannot be read ({error}); {_REPAIR}") from None
 
+# %% ../../nbs/0_tools/03_embedded.ipynb #c008ba2
 def check_tiny_sdxl(folder: str | Path = TINY_SDXL) -> Path:
     """The embedded model's folder, after a look at its files: a `FileNotFoundError` or `ValueError` names
     the broken one and the repair."""

@@ -27,6 +27,7 @@ def _values(expression, names):
     texts = {n: repr(names[n]) for n in used if not callable(names[n])}
     return ", ".join(f"{n} = {text}" for n, text in texts.items() if len(text) <= 60)
 
+# %% ../../nbs/0_tools/04_exercises.ipynb #x008a1
 def _wrong(statement, error, names):
     "What to say of a statement that raised an error."
     if not (isinstance(error, AssertionError) and isinstance(statement, ast.Assert)):
@@ -66,6 +67,7 @@ def exercise(line, cell):
     said = attempt(cell, get_ipython().user_ns, display)
     if said: print(said)
 
+# %% ../../nbs/0_tools/04_exercises.ipynb #x012a1
 def know_exercises():
     "Make `%%exercise` known where this is a notebook; elsewhere do nothing."
     try: from IPython import get_ipython

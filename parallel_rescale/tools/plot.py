@@ -38,6 +38,7 @@ def stored_png(image) -> bytes | None:
     page = page_bytes(image, "png", optimize=True)
     return page if len(page) <= STORED else None
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c008ba1
 def stored_jpeg(image) -> bytes | None:
     """A picture that is too large for `stored_png` as JPEG, in the best quality that fits; None where the
     PNG fits."""
@@ -55,6 +56,7 @@ def readable(figure):
     for text in figure.findobj(Text): text.set_fontsize(max(SMALLEST, text.get_fontsize()))
     return figure
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c008ea1
 def drawn(figure) -> Image.Image:
     "A matplotlib figure as a picture, without its empty margins."
     readable(figure).savefig(page := io.BytesIO(), format="png", bbox_inches="tight")
@@ -69,6 +71,7 @@ def quiet_libraries():
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c008ga1
 def notebook_style():
     """For notebooks: plain small figures, each stored once as PNG, the cell magic `%%exercise`, no
     chatter from diffusers and transformers."""
@@ -104,6 +107,7 @@ def label_font(size):
     from matplotlib import get_data_path
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c012a1
 def wrap(text, font, width) -> list[str]:
     "`text` broken into lines of at most `width` pixels, at spaces; a longer word keeps its line."
     lines = []
@@ -125,6 +129,7 @@ def _rows_and_columns(images, row_labels, column_labels):
         raise ValueError("image_grid: there is no picture in images")
     return cells
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c013a1
 def _framed(picture, size, color, smooth):
     "A picture enlarged to `size`, with a frame inside its edge where a colour is given."
     large = picture.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
@@ -142,12 +147,14 @@ def _cell_size(cells, scale):
     scale = scale or max(2, -(-NARROWEST // w))
     return scale * w, scale * h
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c013aa1
 def _text_size(label, font):
     "(width, height) of a label in pixels."
     if not label: return 0, 0
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     return tuple(map(int, measure.multiline_textbbox((0, 0), label, font=font)[2:]))
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c013aa2
 def _margins(rows, columns, title, font):
     "(left of the pictures, above them) in pixels: the room that a grid's labels take."
     left = max(_text_size(r, font)[0] for r in rows) + 2 * PAD
@@ -196,6 +203,7 @@ def _means(records, name):
     "A number of the summaries of p, averaged over the samples, for each step."
     return np.array([float(np.mean(np.asarray(r["p"][name]))) for r in records])
 
+# %% ../../nbs/0_tools/02_plot.ipynb #c017a1
 def _plot_run(ax, records, label, color):
     "One run's mean of p as a line, and its spread as a band."
     t, mean, std = [float(r["t"]) for r in records], _means(records, "mean"), _means(records, "std")

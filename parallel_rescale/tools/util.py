@@ -33,6 +33,7 @@ def write_atomically(path, data: bytes) -> None:
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../../nbs/0_tools/01_util.ipynb #u008a1
 def write_json(path, value) -> None:
     "`write_atomically` of JSON that people can read; what has no such form is written as its text."
     write_atomically(path, (json.dumps(value, indent=2, default=str) + "\n").encode())

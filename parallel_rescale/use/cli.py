@@ -24,6 +24,7 @@ def dashes(name):
     "An option's name as it is written in a shell: --train_batch_size is --train-batch-size."
     return name.replace("_", "-")
 
+# %% ../../nbs/6_use/05_cli.ipynb #c006a1
 app = typer.Typer(name="parallel-rescale", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": dashes},
@@ -187,6 +188,7 @@ def train_tiny(work: Annotated[Path, _BETWEEN] = Path("runs/tiny_sdxl"),
     from parallel_rescale.world.training import main as train
     train(work, output, recipe, seed, device, processes)
 
+# %% ../../nbs/6_use/05_cli.ipynb #c055a1
 def main():
     "The console script `parallel-rescale`."
     app()

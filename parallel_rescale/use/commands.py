@@ -36,6 +36,7 @@ def as_command(function, parameters):
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function
 
+# %% ../../nbs/6_use/04_commands.ipynb #k008a1
 EMPTY = inspect.Parameter.empty
 
 def option(name, kind, default, help, *names, **facts) -> inspect.Parameter:
@@ -57,6 +58,7 @@ def _plainly(function, debug, arguments):
             typer.echo(sentence(error), err=True)
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
+# %% ../../nbs/6_use/04_commands.ipynb #k010a1
 def plain_errors(function):
     """`function` as a command in which an error is one line on stderr and exit code 2; the traceback
     comes with `--debug`."""
@@ -130,6 +132,7 @@ def shell_type(field):
     first = kinds[0] if kinds and get_origin(field.type) is not list else field.type
     return first if field.default is MISSING else Optional[first]
 
+# %% ../../nbs/6_use/04_commands.ipynb #k022a1
 def as_option(field):
     """A setting as an option of a command: its type, its help and, where it has one, its name in
     diffusers' scripts."""

@@ -49,6 +49,7 @@ def demo_cells(seeds):
     "(seed, style, background) of every picture that a rule draws, seed by seed."
     return [(seed, *prompt) for seed in seeds for prompt in DEMO_PROMPTS]
 
+# %% ../../nbs/6_use/01_demo.ipynb #d005ba1
 def truths(subject, cells) -> list:
     "For each cell (seed, style, background) the picture that TinyWorld itself draws of its subject."
     def pose(seed): return random_pose(np.random.default_rng(seed))
@@ -58,6 +59,7 @@ def truths(subject, cells) -> list:
 # %% ../../nbs/6_use/01_demo.ipynb #d008
 def noise_of(cells): return [torch.Generator().manual_seed(seed) for seed, *_ in cells]
 
+# %% ../../nbs/6_use/01_demo.ipynb #d008a1
 def generate_by_rule(pipe, cells, steps) -> tuple[dict, list]:
     "({rule's label: its pictures}, records of parallel rescaling) for cells (seed, style, background)."
     prompts = [caption(pipe.subject.token, *prompt) for _, *prompt in cells]
@@ -84,6 +86,7 @@ def missed(table) -> pd.Series:
     "Which pictures of a `judged` table miss the place, the style or the subject: a score below one half."
     return (table[["background", "style", "identity"]] < .5).any(axis=1)
 
+# %% ../../nbs/6_use/01_demo.ipynb #d011ba1
 def summary(table) -> dict:
     "Means of a `judged` table, and how many of its pictures are `missed`."
     photo = table.kind == "photo"
@@ -104,6 +107,7 @@ def grid_rows(subject, references, drawn, tables, which, shown=""):
     frames = [[None] + [frame(rule, i) for rule in drawn] for i in which]
     return pictures, frames, [shown + caption(demo_names(subject)[0], *DEMO_PROMPTS[i]) for i in which]
 
+# %% ../../nbs/6_use/01_demo.ipynb #d014a1
 def page(title, drawn, *parts) -> Image.Image:
     """A grid of several `grid_rows`: columns for a reference, the truth and each rule; red frames where
     the place is not the one asked for."""
@@ -125,6 +129,7 @@ def of_samples(records, which):
     return [dict(t=r["t"], p={name: [float(values[i]) for i in which] for name, values in r["p"].items()})
             for r in records]
 
+# %% ../../nbs/6_use/01_demo.ipynb #d017ca1
 def plot_p(records, cells):
     "Consistency_p over the steps, for photo prompts and stylised ones apart; the figure."
     photo = [style == "photo" for _, style, _ in cells]
@@ -140,6 +145,7 @@ def worst(table) -> int:
     "The row of a `judged` table whose weakest score is lowest."
     return int(table[["background", "style", "identity"]].min(axis=1).idxmin())
 
+# %% ../../nbs/6_use/01_demo.ipynb #d020a1
 def worst_page(drawn, tables) -> Image.Image:
     "Every rule's worst picture, a row for each set of references: `drawn` and `tables` by set and rule."
     rules = [rule for rule in next(iter(drawn.values())) if rule != "the truth"]
@@ -156,6 +162,7 @@ def score_row(rule, table) -> str:
              f"style {w['style']:.2f}, identity {w.identity:.2f}")
     return f"| {rule} | {numbers} | {means['missed']} of {len(table)} | {where} |"
 
+# %% ../../nbs/6_use/01_demo.ipynb #d020ba1
 def score_rows(tables) -> str:
     "A `score_row` for each rule."
     return "\n".join(score_row(*item) for item in tables.items())
@@ -225,6 +232,7 @@ def report(folder, subject, tables, settings) -> str:
 # %% ../../nbs/6_use/01_demo.ipynb #d025
 def file_name(name): return name.replace(" ", "_")
 
+# %% ../../nbs/6_use/01_demo.ipynb #d025a1
 def run_half(name, folder, subject, cells, steps, seed=0, max_train_steps=None, overwrite=False):
     "One set of references, from photographs to scores: what was drawn, judged and recorded, how fast."
     references = as_references(reference_set(subject, "{subject}", **DEMO_SETS[name]))
@@ -250,6 +258,7 @@ def half_rows(subject, half, which, shown=""):
     "`grid_rows` of what `run_half` gives."
     return grid_rows(subject, half.references, half.drawn, half.tables, which, shown)
 
+# %% ../../nbs/6_use/01_demo.ipynb #d025ba1
 def save_pages(folder, subject, halves):
     "The grids: one for each set of references, one of both, and each rule's worst picture."
     token, one, four = demo_names(subject)[0], halves["same place"], halves["varied"]
@@ -269,6 +278,7 @@ def settings_of(halves, seeds, steps) -> dict:
             | {k: saved.settings[k] for k in _REPORTED if k in saved.settings}
             | {name: half.took for name, half in halves.items()})
 
+# %% ../../nbs/6_use/01_demo.ipynb #d025da1
 def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_train_steps=None,
              overwrite=False, say=print):
     """Teach the embedded model a subject from references in one place and in four, draw, judge and

@@ -15,6 +15,7 @@ def shapes_of(file) -> dict:
     with safe_open(file, "pt") as tensors:
         return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
 
+# %% ../../nbs/6_use/03_info.ipynb #f006a1
 def describe_file(file) -> str:
     "What a safetensors file holds, and its size: a LoRA's layers and rank, or tensors with their shapes."
     shapes = shapes_of(file)

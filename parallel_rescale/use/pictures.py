@@ -36,6 +36,7 @@ def picture_file(path, overwrite) -> Path:
         raise ValueError(f"output: expected the name of a picture ending in .png, .jpg or .webp, got {path}")
     return path
 
+# %% ../../nbs/6_use/02_pictures.ipynb #p008a1
 def save_picture(picture, path) -> Path:
     "Save a picture, in a folder that is made if need be; where it lies."
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,7 @@ def _wearing(accessory, pick):
     a = with_article(accessory)
     return pick((f'wearing {a}', f'with {a} on', f'dressed with {a}'))
 
+# %% ../../nbs/4_world/09_captions.ipynb #x006a1
 def _noun_phrase(noun, scene, said, pick):
     "'a sleeping red cat wearing a hat'."
     before, after = [], []
@@ -75,6 +76,7 @@ def _noun_phrase(noun, scene, said, pick):
     if 'accessory' in said: after.insert(0, _wearing(scene.accessory, pick))
     return ' '.join([with_article(' '.join([*before, noun])), *after])
 
+# %% ../../nbs/4_world/09_captions.ipynb #x006a2
 def _neighbour(scene, other_noun, said, pick):
     "'next to a ball', 'with a fish on the left'; 'side' must be in `said` for the second."
     if not {'companion', 'other'} & set(said): return []

@@ -22,6 +22,7 @@ def _contrast(hue, *colours):
     options = [_rgb(hue + turn, .9, .92) for turn in (0, .33, .67, .17, .5, .83)]
     return next((o for o in options if min(np.linalg.norm(o - c) for c in colours) > .5), options[0])
 
+# %% ../../nbs/4_world/07_drawing.ipynb #x005a1
 def palette(instance, colour='none', worn_hue=0.):
     "Colours of the roles: array [12, 3] in 0..1."
     c1, c2 = body_colours(instance, colour)
@@ -38,11 +39,13 @@ def _ball(c):
     wedge = lambda a: np.concatenate([[(0, .35)], ellipse(0, .35, .62, None, a, a+60, 8)])
     return [(_PAPER, ellipse(0, .35, .62)), *[(c, wedge(a)) for a in (0, 120, 240)]]
 
+# %% ../../nbs/4_world/07_drawing.ipynb #c032a1
 def _balloon(c):
     return [(_INK, ribbon([(0, .2), (.12, .5), (-.08, .75), (.05, 1.)], .05)),
             (c, [(0, .1), (-.16, .36), (.16, .36)]),
             (c, ellipse(0, -.38, .52, .62)), (_PAPER, ellipse(-.2, -.6, .12, .17))]
 
+# %% ../../nbs/4_world/07_drawing.ipynb #c032a2
 def _gift(c):
     ribbon_colour = (_SUN if c[0] < .8 or c[1] < .5 else _PAPER)
     return [(c, box(-.6, -.05, .6, .95)), (ribbon_colour, box(-.13, -.05, .13, .95)),
@@ -65,6 +68,7 @@ def _mushroom(c):
     return [(_PAPER, [(-.24, .1), (.24, .1), (.32, 1.), (-.32, 1.)]), (_RED, cap),
             *[(_PAPER, ellipse(*spot)) for spot in ((-.4, -.16, .16), (.05, -.42, .17), (.42, -.1, .14))]]
 
+# %% ../../nbs/4_world/07_drawing.ipynb #c033a1
 def _snowman(c):
     return [(_PAPER, ellipse(0, .55, .5)), (_PAPER, ellipse(0, -.2, .36)),
             (_INK, box(-.28, -.8, .28, -.44)), (_INK, box(-.42, -.5, .42, -.4)),
@@ -81,6 +85,7 @@ def _rocket(c):
             (_RED, ellipse(0, -.55, .24, .45, 180, 360, 10)),
             ((.2, .6, .95), ellipse(0, -.12, .17))]
 
+# %% ../../nbs/4_world/07_drawing.ipynb #x003a1
 _COMPANION_SHAPES = dict(ball=_ball, balloon=_balloon, gift=_gift, tree=_tree, sunflower=_sunflower,
                          mushroom=_mushroom, snowman=_snowman, rocket=_rocket)
 
@@ -108,6 +113,7 @@ def _subject_place(scene, x, y, size):
     tilt = p.rotation + _ROTATION.get(scene.doing, 0) * (-1 if p.flip else 1)
     return _Place(x + p.x*size, y + p.y*size + room - lift, size, p.flip, tilt)
 
+# %% ../../nbs/4_world/07_drawing.ipynb #x008a1
 def _places(scene):
     "Where subject and neighbour of `scene` stand: a list of one or two `_Place`."
     p, k = scene.pose, 1 if scene.side == 'right' else -1
@@ -158,6 +164,7 @@ def _pattern(instance, place):
     u = (x*c + y*s)*(-1 if place.flip else 1) if upright else y*c - x*s - .3*step
     return np.abs(u/step - np.round(u/step)) < .25
 
+# %% ../../nbs/4_world/07_drawing.ipynb #c039a1
 def _dots(u, v):
     "Round dots on rows that alternate, in units of the rows' distance."
     row = np.round(v); u = u - .5*(row % 2)
@@ -201,6 +208,7 @@ def _rasterise(scene):
     for rgb, points in _signs(scene, _places(scene)[0]): m.add(rgb, points.ravel().tolist())
     return _add_patterns(np.array(m.ids), bodies), m.lut
 
+# %% ../../nbs/4_world/07_drawing.ipynb #x017a1
 def _add_patterns(ids, bodies):
     "Move the patterned pixels of the `bodies` (number, instance, place) to the next number."
     for instance, place in {(i, p) for _, i, p in bodies if i.pattern != 'none'}:
@@ -218,6 +226,7 @@ def _reduce_palette(ids, lut):
     im = Image.fromarray(ids, 'L'); im.putpalette((lut*255).astype(np.uint8).tobytes())
     return np.asarray(im.convert('RGB').reduce(SCALE), np.float32) / 255
 
+# %% ../../nbs/4_world/07_drawing.ipynb #c041a1
 def _blur(a, r):
     "Gaussian blur of a float picture in 0..1."
     im = Image.fromarray((np.clip(a, 0, 1)*255 + .5).astype(np.uint8))
@@ -251,6 +260,7 @@ def _noise(cells, variant):
     return np.asarray(Image.fromarray((a*255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC),
                       np.float32) / 255
 
+# %% ../../nbs/4_world/07_drawing.ipynb #x035a1
 @lru_cache(maxsize=None)
 def _panes(variant, n=5):
     "Voronoi panes of a window: labels [SIZE, SIZE] and the leads between them [SIZE, SIZE]."
@@ -269,6 +279,7 @@ class _Drawing:
     mask: np.ndarray    # [SIZE, SIZE], how much of each pixel they cover
     lines: np.ndarray   # [SIZE, SIZE], their outlines
 
+# %% ../../nbs/4_world/07_drawing.ipynb #x023a1
 def _draw(scene, warp=None):
     "The things of `scene` as a `_Drawing`; `warp`: a hand's wobble."
     ids, lut = _rasterise(scene)

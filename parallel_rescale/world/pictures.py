@@ -54,6 +54,7 @@ def attributes(scene):
 # %% ../../nbs/4_world/10_pictures.ipynb #c064
 def _maybe(rng, values, p): return values[1 + rng.integers(len(values) - 1)] if rng.random() < p else 'none'
 
+# %% ../../nbs/4_world/10_pictures.ipynb #c064a1
 def random_scene(rng, subject=None, style=None, held=False):
     "A random `Scene`, of `subject` in `style` if given; without held-out combinations unless `held`."
     while True:
@@ -199,6 +200,7 @@ def _render_one(job):
     images, truth = np.stack([render(s) for s in scenes]), np.stack([labels(s) for s in scenes])
     return images, truth, texts, instance_vector(instance)
 
+# %% ../../nbs/4_world/10_pictures.ipynb #c076a1
 def _in_order(jobs, processes):
     "The results of `_render_one` for all jobs, in their order, by several processes."
     if processes == 1: yield from map(_render_one, jobs); return

@@ -100,6 +100,7 @@ class Scene:
 # %% ../../nbs/4_world/05_scenes.ipynb #c013
 def _rgb(hue, sat, val): return np.array(colorsys.hsv_to_rgb(hue % 1, sat, val), np.float32)
 
+# %% ../../nbs/4_world/05_scenes.ipynb #c013a1
 def body_colours(instance, colour='none'):
     """The two colours of `instance` as an array [2, 3] in 0..1, its body painted in `colour` if that is
     not 'none'."""

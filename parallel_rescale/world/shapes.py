@@ -188,6 +188,7 @@ def _crescent(x, y, r, down=True):
     return np.concatenate([ellipse(x, y - k*.25*r, r, k*r, 0, 180, 10),
                            ellipse(x, y - k*.25*r, r*.98, k*r*.3, 180, 0, 8)])
 
+# %% ../../nbs/4_world/06_shapes.ipynb #c026a1
 def _eye(x, y, r, doing):
     "One eye: shut in sleep, laughing in a jump, wide upside down, with tears when crying."
     if doing in ('asleep', 'jumping'):
@@ -212,6 +213,7 @@ def _hat(at):
     return [(WORN, box(x-.27, y-.42, x+.27, y+.02, .05)), (DARK, box(x-.27, y-.13, x+.27, y)),
             (WORN, box(x-.46, y-.03, x+.46, y+.1, .06))]
 
+# %% ../../nbs/4_world/06_shapes.ipynb #c027a1
 def _crown(at):
     x, y = at.top
     zigzag = [(-.36, .1), (-.42, -.34), (-.2, -.12), (0, -.42), (.2, -.12), (.42, -.34), (.36, .1)]
@@ -226,11 +228,13 @@ def _scarf(at):
             (WORN, box(x-w, y-.12, x+w, y+.12, .1)),
             *[(WHITE, box(x+d*w-.05, y-.12, x+d*w+.05, y+.12)) for d in (-.55, .1)]]
 
+# %% ../../nbs/4_world/06_shapes.ipynb #x023a1
 def _bow_tie(at):
     x, y = at.neck
     loops = [(WORN, [(x, y), (x+s*.42, y-.28), (x+s*.42, y+.28)]) for s in (-1, 1)]
     return [*loops, (WHITE, box(x-.09, y-.11, x+.09, y+.11, .04))]
 
+# %% ../../nbs/4_world/06_shapes.ipynb #x023a2
 def _glasses(at):
     r, (x0, y0), (x1, y1) = at.eye, at.eyes[0], at.eyes[-1]
     arms = [(WORN, box(x0-r*2.6, y0-.05, x1+(r*2.6 if x1 > x0 else 0), y1+.05))]
@@ -245,6 +249,7 @@ def _backpack(at):
             (DARK, box(x-.34, y-.12, x+.34, y-.04)), (WHITE, box(x-.2, y+.06, x+.2, y+.3, .06)),
             (DARK, box(x-.06, y-.2, x+.06, y+.03))]
 
+# %% ../../nbs/4_world/06_shapes.ipynb #c028a1
 def _cape(at):
     (x, y), w = at.neck, at.width
     hem = [(x+w+.56, .86), (x+w+.2, .76), (x+w-.1, .88), (x-w+.1, .76), (x-w-.2, .88), (x-w-.56, .8)]
@@ -267,6 +272,7 @@ def _emblem(kind, at):
     back = ellipse(*at.belly, outer) if kind == 'moon' else shape(*at.belly, outer)
     return [(WHITE, back), (EMBLEM, shape(*at.belly, inner))]
 
+# %% ../../nbs/4_world/06_shapes.ipynb #c029a1
 def parts(instance, accessory='none', doing='none'):
     "Polygons of `instance`, back to front: a list of (role, points [n, 2]), about -1..1, y down."
     shapes, at = _BUILD[instance.cls](instance.shape_a, instance.shape_b)

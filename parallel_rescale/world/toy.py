@@ -33,6 +33,7 @@ def _components(mix, x, sigma):
     square = ((x[:, None] - mean).square() / variance + variance.log()).sum(2)
     return mix.weights.log()[None, :, None, None] - .5 * square - 1.8378770664, variance, mean # log 2π
 
+# %% ../../nbs/4_world/01_toy.ipynb #c009a1
 def log_density(mix: Mixture, x, sigma=0.): # [B, 1, H, W]
     "log q_σ(x) at each point of `x` [B, 2, H, W]."
     return _components(mix, x, sigma)[0].logsumexp(1, keepdim=True)

@@ -256,6 +256,7 @@ def _calibration_error(p, right):
     return sum(((right[bins == b].mean() - p[bins == b].mean()).abs() * (bins == b).float().mean()).item()
                for b in range(10) if (bins == b).any())
 
+# %% ../../nbs/4_world/11_training2.ipynb #x030a1
 @torch.no_grad()
 def judge_report(judge, pictures, labels):
     "Of every attribute on [N] pictures: accuracy and expected calibration error (ten bins); a dict."
