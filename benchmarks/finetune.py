@@ -7,6 +7,7 @@
 The ways of taking a step take turns, and each ratio is a median over the turns.
 """
 import argparse
+import gc
 import platform
 import statistics
 import time
@@ -24,7 +25,7 @@ from parallel_rescale import TINY_SDXL
 from parallel_rescale.machine.adapter_rows import adapter_rows
 from parallel_rescale.machine.prompts import PromptEmbeds
 from parallel_rescale.machine.prompts import base_prompt, subject_prompt
-from parallel_rescale.subject.adapters import ATTENTION, add_lora, add_token, embed, flatten, load_base, rows_of
+from parallel_rescale.subject.adapters import ATTENTION, DTYPES, add_lora, add_token, embed, flatten, load_base, rows_of
 from parallel_rescale.subject.defaults import recommended
 from parallel_rescale.subject.finetuning import prepared_run
 from parallel_rescale.subject.losses import dco_loss, mse, predict
@@ -136,21 +137,28 @@ def random_run(a, **changed):
     with torch.device(a.device):
         unet = UNet2DConditionModel(**shape, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), addition_embed_type="text_time",
                                     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True)
-    unet.to(torch.bfloat16).requires_grad_(False)
-    s = SimpleNamespace(**dict(loss="dco", rank=32, train_batch_size=1, gradient_accumulation_steps=1, mixed_precision="bf16", beta=1000.0, max_grad_norm=1.0, seed=0,
+    dtype = DTYPES[a.precision]
+    unet.to(dtype).requires_grad_(False)
+    s = SimpleNamespace(**dict(loss="dco", rank=32, train_batch_size=1, gradient_accumulation_steps=1, mixed_precision=a.precision, beta=1000.0, max_grad_norm=1.0, seed=0,
                                train_text_encoder_ti=False, gradient_checkpointing=False, batched=False) | changed)
     params = [flatten(add_lora(unet, s.rank, ATTENTION))]
     if s.gradient_checkpointing: unet.enable_gradient_checkpointing(); unet.train()
     side, pooled = shape["sample_size"], shape["projection_class_embeddings_input_dim"] - 6 * shape["addition_time_embed_dim"]
-    text = PromptEmbeds(torch.randn(4, 77, shape["cross_attention_dim"], device=a.device, dtype=torch.bfloat16), torch.randn(4, pooled, device=a.device, dtype=torch.bfloat16))
+    text = PromptEmbeds(torch.randn(4, 77, shape["cross_attention_dim"], device=a.device, dtype=dtype), torch.randn(4, pooled, device=a.device, dtype=dtype))
     data = SimpleNamespace(moments=torch.randn(4, 2, 4, side, side).abs(), time_ids=torch.tensor([[8. * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 4), source=torch.arange(4))
     pipe = SimpleNamespace(unet=unet, vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.13)))
     run = Run(s, Accelerator(cpu=small), pipe, DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear"), {}, [dict(params=params, lr=5e-5)],
                   [], data=data, text=SimpleNamespace(subject=text, base=text))
     run.optimizer = make_optimizer(run.params)
     run.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, 1.0)
-    run.scaler = torch.amp.GradScaler(a.device, enabled=False)
+    run.scaler = torch.amp.GradScaler(a.device, init_scale=2.0**10, enabled=a.precision == "fp16")
     return run
+
+
+def timed(run, changed, a):
+    "(names of the ways, seconds of each turn) of a run; nothing of it stays behind."
+    ways = {"step": lambda n: train_step(run, n)} | ({} if changed.get("batched") else dict(bare=bare(run), switch=switching(run)))
+    return list(ways), take_turns(ways, a.repeats, a.device)
 
 
 def sdxl(a):
@@ -158,14 +166,13 @@ def sdxl(a):
     head = ["ms a step", "peak GPU memory, GB", "outside forward and backward, % of a step", "of it the LoRA's switch, %"]
     options = {"gradient checkpointing": dict(gradient_checkpointing=True), "none": dict(), "φ and θ in one call": dict(batched=True)}
     for name, changed in options.items():
-        run = random_run(a, **changed)
+        gc.collect()                                     # the run before is gone, or its UNet would stand beside this one
         if a.device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        ways = {"step": lambda n: train_step(run, n)} | ({} if changed.get("batched") else dict(bare=bare(run), switch=switching(run)))
-        turns = take_turns(ways, a.repeats, a.device)
+        try: ways, turns = timed(random_run(a, **changed), changed, a)
+        except torch.OutOfMemoryError: yield head, [name, "does not fit", "–", "–", "–"]; continue
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if a.device == "cuda" else "–"
         outside = [f"{100 * statistics.median(of(t) for t in turns):.1f}" for of in (lambda t: 1 - t["bare"] / t["step"], lambda t: t["switch"] / t["step"])] if "bare" in ways else ["–", "–"]
         yield head, [name, f"{1e3 * statistics.median(t['step'] for t in turns):.0f}", peak, *outside]
-        del run
 
 
 def main():
@@ -174,11 +181,12 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of --size sdxl; on a CPU it runs at a reduced size")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="of --size tiny")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--precision", choices=["bf16", "fp16"], default="bf16", help="of --size sdxl")
     parser.add_argument("--output", type=Path, help="default: a file beside this script")
     a = parser.parse_args()
     small = a.size == "sdxl" and a.device == "cpu"
     device = torch.cuda.get_device_name() if a.size == "sdxl" and not small else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    what = "the embedded model, float32" if a.size == "tiny" else f"SDXL's shape{' (reduced)' if small else ''} with random weights, bf16, {256 if small else 1024}², LoRA rank 32, batch 1"
+    what = "the embedded model, float32" if a.size == "tiny" else f"SDXL's shape{' (reduced)' if small else ''} with random weights, {a.precision}, {256 if small else 1024}², LoRA rank 32, batch 1"
     lines = [f"# A fine-tuning step: {what}", "", f"{device}, torch {torch.__version__}; medians of {a.repeats} turns, ratios are of times in the same turn. The loss is DCO.", ""]
     for head, row in (tiny if a.size == "tiny" else sdxl)(a):
         if len(lines) == 4:
@@ -186,6 +194,7 @@ def main():
             lines += [f"| {' | '.join([first, *head])} |", "| --- " * (len(head) + 1) + "|"]
         lines.append(f"| {' | '.join(map(str, row))} |")
         print(lines[-1], flush=True)
+        if a.output: a.output.write_text("\n".join(lines) + "\n", encoding="utf-8")      # a row that is known stays known
     output = a.output or Path(__file__).with_name(f"finetune{'' if a.size == 'tiny' else '-sdxl-small' if small else '-sdxl'}.md")
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"written to {output}")

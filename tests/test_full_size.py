@@ -23,6 +23,7 @@ from parallel_rescale.subject.references import as_references
 from parallel_rescale.subject.step import deal, forward_and_backward
 from parallel_rescale.machine.saved_subject import Subject
 from parallel_rescale.tools.embedded import TINY_SDXL
+from parallel_rescale.tools.util import default_device
 from parallel_rescale.world.tinyworld import reference_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.full_size]
@@ -114,7 +115,7 @@ def walk(base, references, output, precision):
     assert pipe.get_active_adapters()
     del pipe
     ours = SubjectPipeline.from_pretrained(base, torch_dtype=HALF[precision], add_watermarker=False)
-    ours.load_subject(subject.folder)
+    ours.load_subject(subject.folder).to(default_device())
     ours.set_progress_bar_config(disable=True)
     for rule in (CFG(5.0), ConsistencyGuidance(), ParallelRescale()):
         latents = ours("a photo of a <pixel>", guidance=rule, num_inference_steps=2, height=128, width=128, output_type="latent", generator=torch.Generator().manual_seed(0)).images
@@ -149,7 +150,7 @@ def test_half_precision_against_float32(narrow, references, precision):
     for p in ("no", precision):
         run = prepared_run(references, **TEACH | dict(loss="dreambooth", beta=None), base=narrow, mixed_precision=p)
         generator = torch.Generator().manual_seed(1)
-        for q in run.trained: q.data += 0.02 * torch.randn(q.shape, generator=generator)
+        for q in run.trained: q.data += 0.02 * torch.randn(q.shape, generator=generator).to(q)
         logs = forward_and_backward(run, deal(run, 0))[0]
         run.scaler.unscale_(run.optimizer)
         found.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))

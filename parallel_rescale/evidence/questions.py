@@ -25,6 +25,7 @@ from ..subject.references import as_references
 from ..tools.util import check_name, PACKAGE
 from ..world.tinyworld import BACKGROUNDS, caption, random_pose, reference_set, render
 from ..world.tinyworld import STYLES, SUBJECTS
+from ..subject.adapters import decode, encode
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #c006
 PROMPT_FILE = PACKAGE / "data" / "prompts.json"
@@ -142,11 +143,11 @@ def _true_image(subject, prompt, seed):
     return render(subject, prompt.style, background, random_pose(rng), seed=int(rng.integers(1 << 31)))
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #c014
-@torch.no_grad()
 def through_vae(images, vae):
-    "Images uint8 [N, H, W, 3] after a trip through an autoencoder."
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-    rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
+    "Images uint8 [N, H, W, 3] after a trip through an autoencoder, in float32 whatever its own precision."
+    latents = encode(vae, torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, "a true image")[:, 0]
+    shift = getattr(vae.config, "shift_factor", None) or 0
+    rebuilt = decode(vae, (latents - shift) * vae.config.scaling_factor)
     return ((rebuilt.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #n015

@@ -114,10 +114,10 @@ class Plan:
         return json.loads(json.dumps(said | ({"loading": self.loading} if self.loading else {})))
 
 # %% ../../nbs/5_evidence/04_store.ipynb #n028
-def check_size(scorer: str, base: str, sampler: dict):
+def check_size(scorer: str, base: str, sampler: dict, revision=None):
     "ValueError where TinyWorld's scorers would be shown images of another size, before one is made."
     if base == TINY_SDXL and not {"height", "width"} & sampler.keys(): return
-    side = native_resolution(base)
+    side = native_resolution(base, revision=revision)
     width, height = sampler.get("width") or side, sampler.get("height") or side
     if (width, height) != (SIZE, SIZE):
         raise ValueError(f"scorers: {scorer!r} is TinyWorld's judge and looks at {SIZE}×{SIZE} pictures, "
@@ -137,23 +137,28 @@ def _whole(name, value) -> int:
     raise ValueError(f"{name}: expected a whole number ≥ 1, got {value!r}")
 
 # %% ../../nbs/5_evidence/04_store.ipynb #n030
-def _base_of(cases, base) -> tuple[str, dict]:
-    "(base model, how it was loaded) for the cases' subjects; ValueError where they were made for several."
+def _base_of(cases, base, files) -> tuple[str, dict]:
+    """(base model, how to load it) for the cases' subjects: as they were made with it, unless `files`
+    (variant, revision, vae) says otherwise. ValueError where the subjects do not agree."""
     subjects = [Subject.load(c.folder) for c in cases]
-    if base: return str(base), {}
-    if len(bases := {s.base for s in subjects}) > 1:
+    bases = {str(base)} if base else {s.base for s in subjects}
+    if len(bases) > 1:
         raise ValueError(f"base: the subjects were made for different models, {sorted(bases)}; evaluate "
                          f"them apart, or name one")
-    vae = {"vae": subjects[0].vae} if subjects[0].vae else {}
-    return str(bases.pop()), dict(subjects[0].base_options, **vae)
+    base, given = bases.pop(), {k: v for k, v in files.items() if v is not None}
+    ways = [dict(s.base_options, **({"vae": s.vae} if s.vae else {})) for s in subjects if s.base == base]
+    if any(way | given != ways[0] | given for way in ways):
+        raise ValueError(f"subjects: {base} was loaded in different ways for them, {ways}; evaluate them "
+                         "apart, or give variant=, revision= and vae=")
+    return base, (ways[0] if ways else {}) | given
 
 # %% ../../nbs/5_evidence/04_store.ipynb #n031as
-def _as_scorers(scorers, device, base, sampler) -> list:
+def _as_scorers(scorers, device, base, sampler, revision=None) -> list:
     "Scorers from one or several, or their names; ValueError where they cannot judge what will be made."
     one = isinstance(scorers, str) or callable(scorers)
     made = [scorer(s, device) for s in ([scorers] if one else scorers)]
     tiny = [s.name for s in made if isinstance(s, _TinyWorld)]
-    if tiny: check_size(tiny[0], base, sampler)
+    if tiny: check_size(tiny[0], base, sampler, revision)
     return made
 
 # %% ../../nbs/5_evidence/04_store.ipynb #n031bs
@@ -172,18 +177,19 @@ def _check_truths(rules, cases):
 # %% ../../nbs/5_evidence/04_store.ipynb #n032
 def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4,
               scorers=("judge",), *, base=None, steps=30, height=None, width=None, negative_prompt=None,
-              batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None) -> Plan:
-    "A `Plan` from the arguments of `evaluate`, after a look at each."
+              batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None, **files) -> Plan:
+    "A `Plan` from the arguments of `evaluate`, after a look at each; `files`: variant, revision, vae."
     cases, seeds, batch_size = as_cases(subjects), _as_seeds(seeds), _whole("batch_size", batch_size)
     sampler = dict(num_inference_steps=_whole("steps", steps), height=height, width=width,
                    negative_prompt=negative_prompt)
     sampler = {k: v for k, v in sampler.items() if v is not None}
     if images is not None: check_name("images", images, ("png", "webp"))
-    (base, loading), device = _base_of(cases, base), default_device(device)
+    (base, loading), device = _base_of(cases, base, files), default_device(device)
     rules, prompts = named_rules(rules), prompt_set(prompts)
     _check_truths(rules, cases)
     return Plan({c.references.name: c for c in cases}, prompts, rules, seeds,
-                _as_scorers(scorers, device, base, sampler), base, sampler, batch_size, images, str(device),
+                _as_scorers(scorers, device, base, sampler, loading.get("revision")), base, sampler, batch_size,
+                images, str(device),
                 _as_dtype(dtype, device, base), loading, checked_rows(max_rows),
                 threads or torch.get_num_threads())
 

@@ -134,11 +134,12 @@ def encode(vae, x, name='the picture'):
 @torch.no_grad()
 def decode(vae, latents):
     """Pictures [B, 3, H, W] in [−1, 1], float32, from latents [B, C, h, w] as a UNet and its scheduler
-    leave them."""
-    shift = getattr(vae.config, 'shift_factor', None) or 0
-    with in_float32(vae):
-        return vae.decode(latents.to(vae.device, torch.float32) / vae.config.scaling_factor
-                          + shift).sample.clamp(-1, 1)
+    leave them. FloatingPointError where they are not finite: clipped, they would be black."""
+    shift, scale = getattr(vae.config, 'shift_factor', None) or 0, vae.config.scaling_factor
+    with in_float32(vae): pictures = vae.decode(latents.to(vae.device, torch.float32) / scale + shift).sample
+    if not pictures.isfinite().all():
+        raise FloatingPointError("the VAE gives pictures that are not finite; take another one (vae=…)")
+    return pictures.clamp(-1, 1)
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c015
 def check_spelling(tokenizer, token):

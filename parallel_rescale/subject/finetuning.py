@@ -20,7 +20,7 @@ from .backgrounds import check_references
 from .checkpoints import append_log, check_output, interruptible
 from .defaults import resolve
 from .preparing import load_run, prepare
-from .previews import save_samples, validate
+from .previews import at_any_rate, save_samples, validate
 from .references import as_references
 from .resuming import checkpoint_of, load_checkpoint, prepare_output
 from .resuming import references_digest, save_checkpoint, save_run
@@ -99,7 +99,9 @@ def train(run, first=0):
 def save_result(run):
     "Save the subject with its sample pictures and model card."
     s = run.settings
-    if run.accelerator.is_main_process: save_run(run, s.output, s.max_train_steps, save_samples(run))
+    if run.accelerator.is_main_process:
+        save_run(run, s.output, s.max_train_steps)                  # before anything else can go wrong
+        with at_any_rate("the sample pictures"): save_run(run, s.output, s.max_train_steps, save_samples(run))
     run.accelerator.wait_for_everyone()
     return Subject.load(s.output)
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_STEPS', 'SAMPLE_PROMPTS', 'offload_encoders', 'everything_on_device', 'both_prompts', 'sample_latents_of',
-           'sample_pictures', 'log_pictures', 'validate', 'reference_column', 'save_samples']
+           'sample_pictures', 'at_any_rate', 'log_pictures', 'validate', 'reference_column', 'save_samples']
 
 # %% ../../nbs/3_subject/10_previews.ipynb #i000
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def sample_pictures(run, prompts, rule, seed=0):
         out += pipe.image_processor.postprocess(decode(pipe.vae, latents), output_type='pil')
     return out
 
+# %% ../../nbs/3_subject/10_previews.ipynb #p002
+@contextmanager
+def at_any_rate(what):
+    "Inside, pictures that cannot be painted or written cost a warning, and the training goes on."
+    try: yield
+    except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
+        warnings.warn(f"{what} are left out: {error}")
+
 # %% ../../nbs/3_subject/10_previews.ipynb #c072
 def log_pictures(tracker, pictures, prompts, step):
     "Send pictures to a tensorboard or wandb tracker."
@@ -85,9 +94,10 @@ def validate(run, step):
     if not run.accelerator.is_main_process: return
     s, folder = run.settings, Path(run.settings.output)/'validation'
     folder.mkdir(exist_ok=True)
-    with everything_on_device(run): pictures = sample_pictures(run, s.validation_prompt, CFG(5.0), s.seed)
-    for n, picture in enumerate(pictures): picture.save(folder/f"step-{step:06d}-{n}.png")
-    for tracker in run.accelerator.trackers: log_pictures(tracker, pictures, s.validation_prompt, step)
+    with at_any_rate(f"the pictures of step {step}"):
+        with everything_on_device(run): pictures = sample_pictures(run, s.validation_prompt, CFG(5.0), s.seed)
+        for n, picture in enumerate(pictures): picture.save(folder/f"step-{step:06d}-{n}.png")
+        for tracker in run.accelerator.trackers: log_pictures(tracker, pictures, s.validation_prompt, step)
 
 # %% ../../nbs/3_subject/10_previews.ipynb #c074
 def reference_column(run, n):

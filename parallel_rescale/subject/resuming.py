@@ -7,7 +7,7 @@ __all__ = ['save_weights', 'save_run', 'save_checkpoint', 'load_checkpoint', 're
            'checkpoint_of', 'note_crops', 'prepare_output']
 
 # %% ../../nbs/3_subject/12_resume.ipynb #i000
-import hashlib, os, shutil
+import hashlib, os, shutil, warnings
 from pathlib import Path
 
 import torch
@@ -72,7 +72,11 @@ def check_same_run(s, folder):
     if state['step'] > s.max_train_steps:
         raise ValueError(
             f"max_train_steps={s.max_train_steps}: {folder.name} has done {state['step']} steps already")
-    if changed := changed_settings(new, state['settings']):
+    changed = changed_settings(new, state['settings'])
+    precision = [c for c in changed if c.startswith('mixed_precision=')]
+    if precision: warnings.warn(f"{folder}: goes on with {precision[0]}; the weights are in float32 and fit, "
+                                "but the run is no longer the same to the last bit")
+    if changed := [c for c in changed if c not in precision]:
         raise ValueError(f"{folder} was made with other settings, and a run resumes only with its own: "
                          f"{'; '.join(changed)}")
 
