@@ -719,3 +719,43 @@ def test_rows_in_one_call_change_no_score(cases, tmp_path):
     options = dict(prompts=["a photo of a {subject}", "a sketch of a {subject}"], rules=["parallel_rescale:text=3,consistency=2"], seeds=1, steps=2, progress=False)
     whole, cut = (evaluate(cases[:1], **options, max_rows=n, output=tmp_path / str(n)) for n in (None, 3))
     assert np.allclose(whole["class"], cut["class"], atol=1e-3)
+
+
+# how the base is loaded, and truths in half precision
+
+def test_an_evaluation_loads_the_base_as_its_subjects_were_made(cases, tmp_path):
+    def made_with(name, **settings):
+        import shutil
+        shutil.copytree(cases[0].folder, tmp_path / name)
+        note = json.loads((tmp_path / name / "subject.json").read_text())
+        (tmp_path / name / "subject.json").write_text(json.dumps(note | dict(settings=note["settings"] | settings)))
+        return replace(cases[0], folder=str(tmp_path / name), references=References(name, "cat"))
+    own, fixed = made_with("own"), made_with("fixed", vae="some/vae", variant="fp16")
+    how = lambda *chosen, **more: make_plan(list(chosen), SNOW, ["cfg"], 1, [brightness], device="cpu", **more).loading
+    assert how(own) == {} and how(fixed) == dict(vae="some/vae", variant="fp16")
+    assert how(fixed, base=Subject.load(fixed.folder).base) == how(fixed)                   # named, it is still the subject's own
+    for order in ((own, fixed), (fixed, own)):
+        with pytest.raises(ValueError, match="was loaded in different ways"): how(*order)
+    assert how(own, fixed, vae="one/vae", variant="fp16") == dict(vae="one/vae", variant="fp16")
+    assert how(fixed, base="another/sdxl") == {}
+
+
+def test_a_truth_through_the_vae_in_half_precision_is_not_black(cases):
+    "A decoder whose numbers are too large for fp16 on the way, as SDXL's are."
+    from parallel_rescale.evidence.questions import through_vae
+    from parallel_rescale.tools.embedded import load_tiny_sdxl
+    vae = load_tiny_sdxl().vae
+    images = np.stack([np.asarray(p) for p in Truth().generate("pixel_the_cat", SNOW, [3, 4])])
+    exact = through_vae(images, vae)
+    vae.decoder.conv_in.weight.data *= 3e4; vae.decoder.conv_in.bias.data *= 3e4
+    large = through_vae(images, vae)
+    halved = through_vae(images, vae.half())
+    assert exact.mean() > 20 and large.mean() > 20 and np.abs(halved.astype(int) - large).mean() < 1
+
+
+def test_a_revision_is_asked_for_before_loading(monkeypatch):
+    from parallel_rescale.evidence import store
+    asked = []
+    monkeypatch.setattr(store, "native_resolution", lambda base, config=None, revision=None: asked.append(revision) or 64)
+    store.check_size("judge", "some/sdxl", {}, "v1")
+    assert asked == ["v1"]

@@ -810,3 +810,43 @@ def test_real_photographs(tmp_path):
     assert subject.class_noun == "dog" and all(np.isfinite(training_log(subject.folder)["loss"]))
     from PIL import Image
     assert np.asarray(Image.open(Path(subject.folder) / "samples/cfg-0.png")).shape == (64, 64, 3)
+
+
+# pictures may fail; what was learned may not be lost
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), FloatingPointError("NaN at step 3"), OSError("no space left")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("when", ["validation", "samples"])
+def test_pictures_that_fail_cost_a_warning(references, tmp_path, monkeypatch, error, when):
+    whole, before = finetune(references, **RUN, output=tmp_path / "whole"), previews.sample_pictures
+    def fails(run, prompts, *args, **kwargs):
+        if when == "samples" or prompts == ["a {subject} asleep"]: raise error
+        return before(run, prompts, *args, **kwargs)
+    monkeypatch.setattr(previews, "sample_pictures", fails)
+    more = dict(validation_prompt=["a {subject} asleep"], validation_steps=2) if when == "validation" else {}
+    with pytest.warns(UserWarning, match=f"pictures.* are left out: {error}"): subject = finetune(references, **RUN | more, output=tmp_path / "run")
+    assert_same_weights(whole.folder, subject.folder)
+    assert Subject.load(tmp_path / "run").token == "<pixel>"
+
+
+def test_ctrl_c_while_the_samples_are_painted_keeps_the_subject(references, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(previews, "sample_pictures", interrupted)
+    with pytest.raises(KeyboardInterrupt): finetune(references, **RUN, output=tmp_path / "run")
+    assert weights(tmp_path / "run") and Subject.load(tmp_path / "run").settings["max_train_steps"] == RUN["max_train_steps"]
+
+
+def test_a_decoder_that_breaks_is_named():
+    from parallel_rescale.subject.adapters import decode
+    vae = load_tiny_sdxl().vae
+    vae.decoder.conv_out.bias.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="pictures that are not finite"): decode(vae, torch.zeros(1, 4, 16, 16))
+
+
+def test_a_run_goes_on_in_another_precision(references, uninterrupted, tmp_path):
+    "Begun on a card with bf16 and gone on with on one without: the master weights are in float32 anyway."
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    with pytest.warns(UserWarning, match=r"goes on with mixed_precision='bf16' \(was 'no'\)"):
+        subject = finetune(references, **RUN | dict(max_train_steps=RUN["max_train_steps"] + 1, lr_scheduler=RUN.get("lr_scheduler", "constant"), mixed_precision="bf16"),
+                           output=run, resume_from_checkpoint="latest")
+    assert all(v.isfinite().all() for v in weights(subject.folder).values()) and len(training_log(run)["step"]) == RUN["max_train_steps"] + 1
