@@ -177,7 +177,8 @@ def _check_truths(rules, cases):
 # %% ../../nbs/5_evidence/04_store.ipynb #n032
 def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4,
               scorers=("judge",), *, base=None, steps=30, height=None, width=None, negative_prompt=None,
-              batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None, **files) -> Plan:
+              batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None,
+              **files) -> Plan:
     "A `Plan` from the arguments of `evaluate`, after a look at each; `files`: variant, revision, vae."
     cases, seeds, batch_size = as_cases(subjects), _as_seeds(seeds), _whole("batch_size", batch_size)
     sampler = dict(num_inference_steps=_whole("steps", steps), height=height, width=width,
@@ -188,8 +189,8 @@ def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_r
     rules, prompts = named_rules(rules), prompt_set(prompts)
     _check_truths(rules, cases)
     return Plan({c.references.name: c for c in cases}, prompts, rules, seeds,
-                _as_scorers(scorers, device, base, sampler, loading.get("revision")), base, sampler, batch_size,
-                images, str(device),
+                _as_scorers(scorers, device, base, sampler, loading.get("revision")), base, sampler,
+                batch_size, images, str(device),
                 _as_dtype(dtype, device, base), loading, checked_rows(max_rows),
                 threads or torch.get_num_threads())
 
