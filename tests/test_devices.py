@@ -31,8 +31,8 @@ DRAWN = "drawn by a CPU generator, so that a seed means the same on every device
 PICTURES = "from a picture or table in the memory of the CPU; the caller moves it"
 ON_CPU = "the toy lives on the CPU"
 WITHOUT_DEVICE = {  # module.function → why its factories may stand without device=
-    "consistency.sample_by_hand": DRAWN, "data.draw": DRAWN,
-    "data.cut": PICTURES, "data.encode_images": PICTURES, "questions.through_vae": PICTURES, "judge.as_tensor": PICTURES,
+    "consistency._noise": DRAWN, "data.random_choices": DRAWN,
+    "data.crop_squares": PICTURES, "data.encode_images": PICTURES, "questions.through_vae": PICTURES, "judge.as_tensor": PICTURES,
     "step.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
     "adapter_rows._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
     "adapter_rows._placed": "stands for the device that offloading has moved the weights to: the CPU",

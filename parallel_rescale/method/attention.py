@@ -40,7 +40,7 @@ class _Distracted(Guidance):
 class PerturbedAttention(_Distracted):
     """Perturbed-attention guidance (arXiv 2403.17377). Default scales: diffusers' for PAG, and CFG's
     beside it."""
-    name, title, color, kind = "perturbed_attention", "perturbed attention", "#4477AA", "identity"
+    name, title, color, kind = "perturbed_attention", "perturbed attention", "#A6761D", "identity"
 
 @dataclass(frozen=True, repr=False)
 class SkipLayer(_Distracted):
