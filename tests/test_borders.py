@@ -1,6 +1,7 @@
 "Other architectures than SDXL: the same rules, in stock pipelines with random weights, through `guide` and `guided`."
 import gc
 import weakref
+from dataclasses import fields
 
 import pytest
 import torch
@@ -89,7 +90,9 @@ def test_cfg_is_the_stock_pipelines_own(pipe, negative, n):
 @pytest.mark.parametrize("name", sorted(known_rules()))
 def test_every_rule_runs(pipe, name):
     rule = known_rules()[name]
-    try: rule = rule()
+    # SD3 has no middle to spoil
+    layers = {"layers": ("block",)} if "layers" in {f.name for f in fields(rule)} else {}
+    try: rule = rule(**layers)
     except (TypeError, ValueError): pytest.skip("needs arguments")
     further = {b.prompt: "a cat" for b in rule.branches} | {"base": None}
     further = {k: v for k, v in further.items() if k not in ("null", "subject", "base")}
@@ -195,3 +198,32 @@ def test_torchao_is_looked_at_before_a_lora_is_loaded(monkeypatch):
     pipe = load_tiny_sdxl()
     with pytest.raises(ImportError, match='pip install --no-deps -U "torchao>=0.16"'): load_subject(pipe, FOLDER)
     assert not subjects_of(pipe) and not getattr(pipe.unet, "peft_config", {})
+
+
+def test_attention_changes_its_own_row_alone(xl):
+    "Each kind, in one row of three; the others are as they are without it, and afterwards all are."
+    from parallel_rescale import Attention
+    from parallel_rescale.machine.attention_rows import attention_rows
+    g = noise(3)
+    x = dict(sample=torch.randn(3, 4, 16, 16, generator=g), timestep=500, encoder_hidden_states=torch.randn(3, 32, 128, generator=g), added_cond_kwargs=dict(
+        text_embeds=torch.randn(3, 64, generator=g), time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]] * 3)))
+    with torch.no_grad():
+        plain = xl.unet(**x).sample
+        for kind in Attention.KINDS:
+            with adapter_rows(xl.unet, [0., 1., .5]), attention_rows(xl.unet, [None, Attention(kind, .2, ("block",)), None]): changed = xl.unet(**x).sample
+            with adapter_rows(xl.unet, [0., 1., .5]): same = xl.unet(**x).sample
+            apart = (changed - same).abs().amax((1, 2, 3))
+            assert apart[1] > 1e-3 and apart[[0, 2]].max() < 1e-4, kind
+        with pytest.raises(ValueError, match="no self-attention in attic"), attention_rows(xl.unet, [Attention("skip", layers="attic")]): pass
+        assert torch.equal(xl.unet(**x).sample, plain)
+
+
+def test_a_distracted_row_is_one_more_of_the_same_call(xl):
+    from parallel_rescale import PerturbedAttention
+    def run(**more):
+        with guide(xl, PerturbedAttention(3., 1., layers=("block",)), "a {subject}", **more) as generate: return generate(generator=noise(), **LATENTS).images
+    rows = []
+    hook = xl.unet.conv_in.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    whole = run()
+    hook.remove()
+    assert rows == [3, 3, 3] and torch.allclose(whole, run(max_rows=1), atol=2e-3)

@@ -36,14 +36,19 @@ def _column(rows, values: torch.Tensor, fill: float, value: float):
 def _temperature(layer, rows, value):
     return layer.to_q.register_forward_hook(lambda m, args, q: q * _column(rows, q, 1., value))
 
+def _of_picture(out, change):
+    "A layer's result with the picture's part changed; joint attention has a part for the words besides."
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
 def _skip(layer, rows, value):
-    return layer.register_forward_hook(lambda m, args, out: out * _column(rows, out, 1., 0.))
+    return layer.register_forward_hook(
+        lambda m, args, out: _of_picture(out, lambda o: o * _column(rows, o, 1., 0.)))
 
 def _identity(layer, rows, value):
     def alone(m, args, kwargs, out):
         seen = args[0] if args else kwargs["hidden_states"]
         for part in m.to_out: seen = part(m.to_v(seen)) if part is m.to_out[0] else part(seen)
-        return torch.where(_column(rows, out, 0., 1.).bool(), seen, out)
+        return _of_picture(out, lambda o: torch.where(_column(rows, o, 0., 1.).bool(), seen, o))
     return layer.register_forward_hook(alone, with_kwargs=True)
 
 _HOOKS = {"temperature": _temperature, "identity": _identity, "skip": _skip}
