@@ -227,3 +227,11 @@ def test_a_distracted_row_is_one_more_of_the_same_call(xl):
     whole = run()
     hook.remove()
     assert rows == [3, 3, 3] and torch.allclose(whole, run(max_rows=1), atol=2e-3)
+
+
+def test_a_controlnet_is_refused_at_the_first_step_even_where_one_branch_begins(sd15):
+    "A schedule that asks one question first would let it pass, and stop in the middle of a run."
+    from parallel_rescale import interval
+    null, subject = two_prompts(sd15)
+    call = dict(sample=torch.randn(1, 4, 16, 16), timestep=500, encoder_hidden_states=subject.hidden, mid_block_additional_residual=torch.zeros(1, 64, 8, 8))
+    with pytest.raises(ValueError, match="ControlNet"), guided(sd15.unet, interval(CFG(adapter=0), .5, 1.), {"null": null, "base": subject}): sd15.unet(**call)

@@ -100,8 +100,8 @@ def load_base(
         warnings.filterwarnings('ignore', '.*torch_dtype', FutureWarning)
         pipe = load_parts(base, mixed_precision, variant, revision, vae)
     pipe.set_progress_bar_config(disable=True)
-    # one picture at a time, 3 GiB each at 1024²
-    if pipe.default_sample_size > 64: pipe.vae.enable_slicing()
+    # one picture at a time, 3 GiB each at 1024², and no more for larger ones
+    if pipe.default_sample_size > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False).eval()
     check_weights(base, pipe.unet)
