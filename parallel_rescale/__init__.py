@@ -12,7 +12,7 @@ _PUBLIC = {  # module -> the names it gives to the top level
     "method.classifier_free": ["cfg"],
     "method.projection": ["project"],
     "method.consistency": ["consistency_ratio"],
-    "method.normalization": ["normalize_ratio", "parallel_rescale"],
+    "method.parallel_rescaling": ["normalize_ratio", "parallel_rescale"],
     "method.guidance": ["Attention", "Branch", "Guidance"],
     "method.rules": ["CFG", "ConsistencyGuidance", "ParallelRescale", "OrthogonalOnly", "AutoGuidance",
                      "PersonalizationGuidance"],

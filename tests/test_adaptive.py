@@ -1,4 +1,4 @@
-"Rules whose weight or question depends on what the model says (05d)."
+"Rules whose weight or question depends on what the model says (1_method/10_focus)."
 import math
 from pathlib import Path
 

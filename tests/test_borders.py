@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, every, guide
 from parallel_rescale.machine import adapter_rows as rows_module
 from parallel_rescale.machine.adapter_rows import adapter_layers, adapter_rows
-from parallel_rescale.machine.borders import BORDERS, border_of, denoiser_of
+from parallel_rescale.machine.architectures import BORDERS, border_of, denoiser_of
 from parallel_rescale.machine.denoiser import guided
 from parallel_rescale.machine.guide import encode_named, load_subject, named_texts, subject_of, subjects_of, unload_subject
 from parallel_rescale.method.registry import known_rules

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from parallel_rescale.machine.adapter_rows import adapter_layers, adapter_rows, Rows, RowScale
-from parallel_rescale.machine.borders import repeat_rows
+from parallel_rescale.machine.architectures import repeat_rows
 from parallel_rescale.machine.denoiser import guided
 from parallel_rescale.machine.prompts import encode_prompts, PromptEmbeds
 from parallel_rescale.method.guidance import Branch, Guidance

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings, strategies as st
 from parallel_rescale.method.classifier_free import cfg
 from parallel_rescale.method.projection import coefficient, project
 from parallel_rescale.method.consistency import consistency_guidance, consistency_ratio, ratio_summary
-from parallel_rescale.method.normalization import RATIOS, normalize_ratio, parallel_rescale
+from parallel_rescale.method.parallel_rescaling import RATIOS, normalize_ratio, parallel_rescale
 from parallel_rescale.method.guidance import Adapter, Branch, Guidance, RULES, Scale
 from parallel_rescale.method.registry import known_rules, label, rule
 from parallel_rescale.method.rules import AutoGuidance, CFG, ConsistencyGuidance, OrthogonalOnly

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, SeveralSubjects, SubjectPipeline, TINY_SDXL, every, interval, rule
 from parallel_rescale.method.guidance import Branch
 from parallel_rescale.method.registry import label
-from parallel_rescale.method.normalization import RATIOS
+from parallel_rescale.method.parallel_rescaling import RATIOS
 from parallel_rescale.method.projection import coefficient, project
 from parallel_rescale.method.several import AGAINST, REGIONS, region_mask, without_conflict
 from test_subject_folder import make_subject

@@ -15,7 +15,7 @@ from parallel_rescale.method.guidance import Branch, RULES
 from parallel_rescale.method.registry import label, rule
 from parallel_rescale.method.rules import ConsistencyGuidance, ParallelRescale
 from parallel_rescale.method.schedules import every, interval
-from parallel_rescale.method.normalization import RATIOS
+from parallel_rescale.method.parallel_rescaling import RATIOS
 from parallel_rescale.tools.plot import rule_color
 from parallel_rescale.method.style_contrast import NegativeStyle, reference_prompt, style_leak
 from parallel_rescale.method.style_contrast import StyleContrast

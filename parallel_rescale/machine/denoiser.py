@@ -15,7 +15,7 @@ import torch
 
 from .adapter_rows import _active, _carried_out, _obstacle, _plan, adapter_layers
 from .attention_rows import attention_rows
-from .borders import border_of, row_groups, stack_prompts, stack_rows, take_rows
+from .architectures import border_of, row_groups, stack_prompts, stack_rows, take_rows
 from .clock import Clock
 from .prompts import PromptEmbeds
 from ..method.guidance import Guidance

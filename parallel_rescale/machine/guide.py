@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .adapter_rows import adapter_layers, adapter_rows
-from .borders import denoiser_of
+from .architectures import denoiser_of
 from .denoiser import guided
 from .prompts import PromptEmbeds, base_prompt as filled, derive_base, encode_prompt
 from .record import recorder
@@ -192,8 +192,9 @@ def check_subject(pipe, rule, prompt) -> bool:
     is none; a warning where the prompt names none."""
     subjects, adapters = subjects_of(pipe), getattr(denoiser_of(pipe), "peft_config", {})
     if rule.needs_subject and not subjects and not adapters:
-        raise ValueError(f"{rule!r} needs a subject: load one with pipe.load_subject(folder), or its LoRA "
-                         "with pipe.load_lora_weights(folder)")
+        raise ValueError(
+            f"{rule!r} needs a subject: load one with load_subject(pipe, folder) (a SubjectPipeline: "
+                         "pipe.load_subject(folder)), or its LoRA with pipe.load_lora_weights(folder)")
     tokens = [s.token for s in subjects.values()]
     for text in [prompt] if isinstance(prompt, str) else prompt or []:
         if rule.needs_subject and tokens and not any(token in text for token in tokens):

@@ -30,8 +30,8 @@ def diagnostics(null,     # ε_φ(∅), [B, C, H, W]
 
 # %% ../../nbs/2_machine/08_record.ipynb #c010
 class Record(list):
-    """A list for `record=`: one dict for each step, with `step`, `t`, and `diagnostics`; with maps=True
-    also `p_map` [B, 1, H, W]."""
+    """A list for `record=` of `guide` and the pipeline: one dict for each step, with `step`, `t`, and
+    `diagnostics`; with maps=True also `p_map` [B, 1, H, W]."""
     def __init__(self, maps: bool = False):
         super().__init__()
         self.maps = maps

@@ -23,6 +23,13 @@ class _Distracted(Guidance):
     adapter: Adapter = 1.0 # 1 = the personalised model θ; 0 = the base model φ with the base prompt
     layers: tuple[str, ...] = ("mid_block",) # see `Attention`
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "layers", self.spoiled.layers)     # one word is a tuple of one
+
+    def _notes(self):
+        return super()._notes() + [f"in {' and '.join(self.layers)}"] * (self.layers != ("mid_block",))
+
     @property
     def spoiled(self) -> Attention: return Attention(self.kind, layers=self.layers)
 

@@ -56,7 +56,7 @@ def _arguments(spec, rest):
     for part in parts:
         if "=" not in part: raise ValueError(f"{spec!r}: expected argument=value, got {part!r}")
     pairs = [part.partition("=") for part in parts]
-    # of an argument given twice the first counts
+    # where an argument is given twice, the first counts
     return {key.strip(): _value(value.strip()) for key, _, value in reversed(pairs)}
 
 # %% ../../nbs/1_method/08_registry.ipynb #g008a1

@@ -14,7 +14,7 @@ import torch
 from .classifier_free import cfg
 from .guidance import Branch
 from .rules import SubjectGuidance
-from .normalization import RATIOS, parallel_rescale
+from .parallel_rescaling import RATIOS, parallel_rescale
 from .projection import coefficient, project
 from ..tools.util import check_name
 

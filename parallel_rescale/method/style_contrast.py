@@ -13,7 +13,7 @@ import torch
 
 from .guidance import Branch, Scale
 from .rules import SubjectGuidance
-from .normalization import RATIOS, parallel_rescale
+from .parallel_rescaling import RATIOS, parallel_rescale
 from ..tools.util import check_name
 
 # %% ../../nbs/1_method/09_style_contrast.ipynb #c008

@@ -68,8 +68,8 @@ def snr_weight(run, batch):
 
 # %% ../../nbs/3_subject/09_step.ipynb #c044
 def loss_of(run, batch):
-    """The loss of one batch and what to log of it: mean squared errors, and for DCO the share of samples
-    whose lead over φ is not yet enough."""
+    """The loss of one batch and what to log of it: mean squared errors, and for DCO `unsaturated`, the mean
+    weight σ(β(m_θ − m_φ)): .5 while θ is φ, towards 0 as the leads become enough."""
     s, unet, subject = run.settings, run.pipe.unet, subject_text(run, batch)
     if s.loss == 'dco':
         theta, phi = theta_and_phi(unet, batch, subject, rows_of(run.text.base, batch.source), s.batched)
