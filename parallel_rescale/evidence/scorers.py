@@ -84,7 +84,10 @@ class Scorer:
     metrics = {}
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "name" in vars(cls): SCORERS[cls.name] = cls
+        # a chapter that defines a scorer again does not take the place of the module's
+        known = SCORERS.get(vars(cls).get("name"), cls)
+        if "name" in vars(cls) and (cls.__module__ != "__main__" or known.__module__ == "__main__"):
+            SCORERS[cls.name] = cls
         METRICS.update(vars(cls).get("metrics", {}))
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #c014
