@@ -32,7 +32,7 @@ from parallel_rescale.tools.util import quietly
 from parallel_rescale.evidence.questions import noise_seed, prompt_set
 from parallel_rescale.evidence.store import load_scores, picture_name, throughput
 from parallel_rescale.method.registry import label
-from parallel_rescale.machine.pipeline import diagnostics
+from parallel_rescale.machine.record import diagnostics
 from parallel_rescale.tools.plot import image_grid
 from parallel_rescale.method.rivals import APG, AutoLoRA, CFGZero, FrequencyGuidance, PerpNeg, TangentialCFG
 from parallel_rescale.method.rivals import WeakLoRA
