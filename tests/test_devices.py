@@ -35,6 +35,7 @@ WITHOUT_DEVICE = {  # module.function → why its factories may stand without de
     "data.crop_squares": PICTURES, "data.encode_images": PICTURES, "questions.through_vae": PICTURES, "judge.as_tensor": PICTURES,
     "step.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
     "adapter_rows._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
+    "attention_rows._column": "a number for each row, then moved",
     "adapter_rows._placed": "stands for the device that offloading has moved the weights to: the CPU",
     "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
     "world_scorers._probability": "an index, which indexing takes from the CPU too",

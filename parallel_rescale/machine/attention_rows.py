@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..tools.util import to_device
+
 # %% ../../nbs/2_machine/02_attention_rows.ipynb #a004
 _known_attention = weakref.WeakKeyDictionary()       # model → {words: its self-attention layers, weakly}
 
@@ -28,10 +30,10 @@ def self_attention(model, words: tuple) -> list:
 
 # %% ../../nbs/2_machine/02_attention_rows.ipynb #a007
 def _column(rows, values: torch.Tensor, fill: float, value: float):
-    "[B, 1, 1] like `values`: `value` in some rows, `fill` in the others."
-    column = values.new_full((len(values), 1, 1), fill)
-    column[rows] = value
-    return column
+    """[B, 1, 1] like `values`: `value` in some rows, `fill` in the others. Made here and sent: to index a
+    tensor on a GPU by a list of rows is to wait for it."""
+    column = torch.tensor([value if r in rows else fill for r in range(len(values))], dtype=values.dtype)
+    return to_device(column, values.device).view(-1, 1, 1)
 
 def _temperature(layer, rows, value):
     return layer.to_q.register_forward_hook(lambda m, args, q: q * _column(rows, q, 1., value))

@@ -100,8 +100,8 @@ def save_result(run):
     "Save the subject with its sample pictures and model card."
     s = run.settings
     if run.accelerator.is_main_process:
-        save_run(run, s.output, s.max_train_steps)                  # before anything else can go wrong
-        with at_any_rate("the sample pictures"): save_run(run, s.output, s.max_train_steps, save_samples(run))
+        subject = save_run(run, s.output, s.max_train_steps)        # before anything else can go wrong
+        with at_any_rate("the sample pictures"): subject.save(s.output, save_samples(run))
     run.accelerator.wait_for_everyone()
     return Subject.load(s.output)
 
