@@ -610,8 +610,11 @@ def test_names_are_registered_where_the_class_is_made(monkeypatch):
     with pytest.raises(ValueError, match=r"'mine': .*Yours would take the name of .*Mine"): made("Yours", name="mine")
     with pytest.raises(ValueError, match="CFG"): made("CFG", name="cfg", module="elsewhere")
     notebook = made("Mine", name="mine", module="__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Mine", notebook, raising=False)
     made("Mine", name="mine")
     assert type(rule("mine")) is notebook
+    monkeypatch.delattr(sys.modules["__main__"], "Mine")                                         # the notebook is gone
+    assert rule("mine").__class__.__module__ == __name__
     made("_Hidden", name="hidden"), made("Nameless")
     with pytest.raises(ValueError, match="unknown"): rule("hidden")
 

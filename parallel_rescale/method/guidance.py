@@ -13,7 +13,7 @@ from functools import cache
 from itertools import takewhile
 from typing import Annotated, ClassVar
 
-from ..tools.util import check_name
+from ..tools.util import check_name, enter
 
 # %% ../../nbs/1_method/05_guidance.ipynb #c008
 Scale = float | Callable[[float], float]
@@ -162,18 +162,7 @@ def _told(rule, name):
     return [_plain(getattr(rule.at(u), name)) for u in _MOMENTS] if moves else _plain(value)
 
 # %% ../../nbs/1_method/05_guidance.ipynb #g014
-RULES = {} # name → class of every rule made so far; see `known_rules`
-
-def _register(cls):
-    """Put a rule into `RULES`. A class made again takes its old place, and a notebook's version goes
-    before its module's."""
-    known = RULES.get(cls.name, cls)
-    modules = {cls.__module__, known.__module__}
-    if cls.__qualname__ != known.__qualname__ or len(modules - {"__main__"}) > 1:
-        raise ValueError(
-            f"guidance rule {cls.name!r}: {cls.__module__}.{cls.__qualname__} would take the name of "
-                         f"{known.__module__}.{known.__qualname__}; give it another `name`")
-    if cls.__module__ == "__main__" or known.__module__ != "__main__": RULES[cls.name] = cls
+RULES = {} # name → class of every rule made so far, by `enter`; see `known_rules`
 
 # %% ../../nbs/1_method/05_guidance.ipynb #g015
 def _short(value):
@@ -200,7 +189,8 @@ class Guidance(_Scales):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if isinstance(vars(cls).get("name"), str) and not cls.__name__.startswith("_"): _register(cls)
+        if isinstance(vars(cls).get("name"), str) and not cls.__name__.startswith("_"):
+            enter(RULES, "guidance rule", cls)
 
     @property
     def branches(self) -> tuple[Branch, ...]:

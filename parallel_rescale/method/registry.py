@@ -17,7 +17,7 @@ from .. import method
 from . import guidance
 from .guidance import Guidance
 from .schedules import every, interval
-from ..tools.util import check_name
+from ..tools.util import check_name, present
 
 # %% ../../nbs/1_method/08_registry.ipynb #c046
 @cache
@@ -40,7 +40,7 @@ def _plugins():
 def known_rules() -> dict[str, type[Guidance]]:
     "Name → class of all rules of this package and of installed plug-ins, whatever was imported before."
     _own_modules(), _plugins()
-    return guidance.RULES
+    return present(guidance.RULES)
 
 # %% ../../nbs/1_method/08_registry.ipynb #g006
 def _value(text):

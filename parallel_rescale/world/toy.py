@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STYLES_AT', 'SUBJECT_AT', 'Mixture', 'mixture', 'log_density', 'denoise', 'noise_prediction', 'toy_world',
-           'toy_prediction', 'plot_density', 'toy_sigmas', 'toy_sample', 'toy_scores', 'plot_path']
+           'toy_prediction', 'plot_density', 'toy_sigmas', 'toy_sample', 'toy_scores', 'plot_path', 'toy_rule']
 
 # %% ../../nbs/4_world/01_toy.ipynb #c002
+import itertools
 from typing import NamedTuple
 import torch
 
@@ -117,3 +118,16 @@ def plot_path(ax, path, color, title: str = "", lines: int = 16):
     ax.scatter(*path[-1].flatten(1), s=5, color=color)
     ax.plot(STYLES_AT[1], SUBJECT_AT, "*", color="#DDAA33", ms=12, mec="white")
     ax.set_title(title, fontsize=11)
+
+# %% ../../nbs/4_world/01_toy.ipynb #r002
+def toy_rule(rule, # any guidance rule: it says which predictions it needs, and combines them
+             steps: int = 24,
+             world=None, # (prompt, adapter) → `Mixture`; None: `toy_world(**story)`
+             **story):
+    "Sample the toy under a rule: (path as of `toy_sample`, how many predictions each step took)."
+    world, memory, count, calls = world or toy_world(**story), {}, itertools.count(), []
+    def predict(x, sigma):
+        branches, combine = rule.step(next(count), steps, memory)
+        calls.append(len(branches))
+        return combine(*(toy_prediction(world, b.prompt, b.adapter, x, sigma) for b in branches))
+    return toy_sample(predict, steps), calls

@@ -27,7 +27,7 @@ from .training import save_atomically, to_tensor, train
 # %% ../../nbs/4_world/11_training2.ipynb #c005
 RECIPES2 = {
     "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(48, 96, 160), latent=24,
-                 batch=32, vae_batch=16, vae_samples=160_000, samples=6_000_000, judge_samples=400_000,
+                 batch=32, vae_batch=16, vae_samples=96_000, samples=6_000_000, judge_samples=400_000,
                  precision="bf16"),
     "test": dict(instances=12, per_instance=4, vae=(16, 16, 16), unet=(16, 16, 32), latent=8,
                  batch=8, vae_batch=8, vae_samples=32, samples=32, judge_samples=128, precision="fp32"),
