@@ -160,8 +160,8 @@ def _count_loss(lost, job, error, retries):
     lost[job] += 1
     if lost[job] > retries:
         last = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"ray: {lost[job]} workers died on job {job.index} ({job.subject}, {job.rule}); "
-                           f"the last one: {last}") from error
+        raise RuntimeError(f"ray: {lost[job]} workers died on job {job.index} "
+                           f"({job.subject}, {job.rule}); the last one: {last}") from error
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #n017
 def _until_done(ray, hire, jobs, workers, retries) -> Iterator[dict]:

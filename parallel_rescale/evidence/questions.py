@@ -136,8 +136,8 @@ TRUTHS = {"truth": "true renders", "truth_vae": "true renders, through the VAE"}
 def _true_image(subject, prompt, seed):
     "What the renderer draws for one prompt about a subject; the seed picks the pose. uint8 [64, 64, 3]."
     if prompt.style is None:
-        raise ValueError(f"truth: the prompt {prompt.text!r} has no TinyWorld style, so there is no true "
-                         f"picture of it")
+        raise ValueError(f"truth: the prompt {prompt.text!r} has no "
+                         "TinyWorld style, so there is no true picture of it")
     rng = np.random.default_rng(seed)
     background = prompt.background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     return render(subject, prompt.style, background, random_pose(rng), seed=int(rng.integers(1 << 31)))

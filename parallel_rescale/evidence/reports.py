@@ -114,8 +114,8 @@ def _tradeoff(table, axes, folder):
     figure.savefig(folder / "tradeoff.png", dpi=110)
     plt.close(figure)
     yield from ("## Trade-off", "![Text against identity](tradeoff.png)",
-                f"Area under each family's front, from (0, 0), in {axes[0]} and {axes[1]}; more settings "
-                f"have more chances.",
+                "Area under each family's front, from (0, 0), in "
+                f"{axes[0]} and {axes[1]}; more settings have more chances.",
                 markdown_table(list(map(_area, hypervolumes(table, *axes).itertuples()))))
 
 # %% ../../nbs/5_evidence/07_report.ipynb #n009as
@@ -133,8 +133,8 @@ def _made(manifest, folder):
     speed, names = throughput(folder), ("base", "batch_size", "device", "dtype")
     made = {k: manifest[k] for k in names if k in manifest} | manifest["sampler"] | dict(
         scorers=", ".join(manifest["scorers"])) | manifest["versions"]
-    made |= {"speed": f"{speed['per_second']:.2f} pictures/s a worker, {speed['scoring_share']:.0%} of the "
-                      f"time scoring"}
+    made |= {"speed": f"{speed['per_second']:.2f} pictures/s a worker, "
+                      f"{speed['scoring_share']:.0%} of the time scoring"}
     yield from ("## How it was made", markdown_table([{"": k, " ": f"`{v}`"} for k, v in made.items()]))
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c043as
@@ -179,9 +179,9 @@ def _head(table, asked):
     "The page's title, and how much was measured."
     counts = " × ".join(f"{table[column].nunique()} {name}" for name, column in dict(
         subjects="subject", prompts="text", seeds="seed", rules="rule").items())
-    return ["# Evaluation", f"{counts}: {len(table)} pictures of {asked}. Intervals are 95 % bootstrap "
-                            f"intervals over subjects; rules are compared on the same subject, prompt and "
-                            f"noise."]
+    return ["# Evaluation", f"{counts}: {len(table)} pictures of {asked}. Intervals "
+                            "are 95 % bootstrap intervals over subjects; rules are "
+                            "compared on the same subject, prompt and noise."]
 
 # %% ../../nbs/5_evidence/07_report.ipynb #n012
 def report(folder, # a results folder

@@ -57,8 +57,8 @@ def _one_each(scorer, name, values, n):
     "A score as float [n]; ValueError for another shape."
     values = np.asarray(values, float)
     if values.shape == (n,): return values
-    raise ValueError(f"{scorer!r} returned {name!r} with shape {values.shape} for {n} images; expected "
-                     f"({n},)")
+    raise ValueError(f"{scorer!r} returned {name!r} with shape "
+                     f"{values.shape} for {n} images; expected ({n},)")
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #n010b
 def score(scorers, # one scorer or several

@@ -143,8 +143,8 @@ def _base_of(cases, base, files) -> tuple[str, dict]:
     subjects = [Subject.load(c.folder) for c in cases]
     bases = {str(base)} if base else {s.base for s in subjects}
     if len(bases) > 1:
-        raise ValueError(f"base: the subjects were made for different models, {sorted(bases)}; evaluate "
-                         f"them apart, or name one")
+        raise ValueError("base: the subjects were made for different models, "
+                         f"{sorted(bases)}; evaluate them apart, or name one")
     base, given = bases.pop(), {k: v for k, v in files.items() if v is not None}
     ways = [dict(s.base_options, **({"vae": s.vae} if s.vae else {})) for s in subjects if s.base == base]
     if any(way | given != ways[0] | given for way in ways):

@@ -58,13 +58,13 @@ def _check_prompts(prompts: Mapping[str, PromptEmbeds], names: Sequence[str], ro
     for name in names:
         if len(hidden := prompts[name].hidden) not in (1, rows):
             raise ValueError(
-                f"the UNet was called with {rows} rows and the prompt {name!r} has {len(hidden)}: run "
-                             "the pipeline at guidance_scale=1, and encode prompts with the same "
-                             "num_images_per_prompt")
+                f"the UNet was called with {rows} rows and the prompt {name!r} "
+                f"has {len(hidden)}: run the pipeline at guidance_scale=1, and "
+                "encode prompts with the same num_images_per_prompt")
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"the prompts have different numbers of tokens, {lengths}: pad them to one length, or "
-                         "use max_rows=1")
+            "the prompts have different numbers of tokens, "
+            f"{lengths}: pad them to one length, or use max_rows=1")
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #c035a1
 def stack_prompts(prompts: Mapping[str, PromptEmbeds], names: Sequence[str], rows: int, like, pieces=None):

@@ -30,11 +30,9 @@ def _check_branch(branch, rule, prompts, active: set, obstacle: str | None):
     if branch.adapted and (missing or not active):
         needs = f"the adapter {missing[0]!r}" if missing else "a subject"
         raise ValueError(
-            f"{rule!r} needs {needs}, but the UNet's active adapters are {sorted(active) or 'none'}: load "
-            f"the "
-                         "subject, or activate it with pipe.set_adapters; for a subject that lives in its "
-                         "token "
-                         "alone pass tokens_only=True")
+            f"{rule!r} needs {needs}, but the UNet's active adapters are "
+            f"{sorted(active) or 'none'}: load the subject, or activate it with "
+            "pipe.set_adapters; for a subject that lives in its token alone pass tokens_only=True")
     if obstacle and branch.adapter != 1:
         raise ValueError(f"{rule!r} runs adapters at scale {branch.adapter}: {obstacle}")
 
@@ -67,15 +65,15 @@ def _check_conditions(call, border, branches, rows: int, prompts):
     if isinstance(residual, (list, tuple)): residual = next(iter(residual), None)
     if residual is not None and len(residual) == rows:
         raise ValueError(
-            "the residuals of a ControlNet depend on the prompt, and these were made for one prompt: "
-                         f"guided cannot give each of {len(branches)} branches its own; use a T2I-Adapter, "
-                         f"or stock guidance")
+            "the residuals of a ControlNet depend on the prompt, and these were "
+            f"made for one prompt: guided cannot give each of {len(branches)} "
+            "branches its own; use a T2I-Adapter, or stock guidance")
     if "image_embeds" in border.conditions(call) and any(b.prompt == "null" for b in branches):
         if "image_embeds" not in prompts["null"].added:
             raise ValueError(
-                "the null prompt has no image: give prompts['null'] the IP-Adapter's empty one, "
-                             "PromptEmbeds(hidden, pooled, {'image_embeds': [...]}); SubjectPipeline does "
-                             "so by itself")
+                "the null prompt has no image: give prompts['null'] the "
+                "IP-Adapter's empty one, PromptEmbeds(hidden, pooled, "
+                "{'image_embeds': [...]}); SubjectPipeline does so by itself")
 
 # %% ../../nbs/2_machine/06_denoiser.ipynb #c045
 class _Batch:

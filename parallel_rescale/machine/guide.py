@@ -49,12 +49,12 @@ def _check_tokens(pipe, subject, tokens, *rows):
         width = encoder.get_input_embeddings().weight.shape[1]
         if row.shape[1] != width:
             raise ValueError(
-                f"the subject in {subject.folder} was made for {subject.base}: its token embeddings have "
-                             f"width {row.shape[1]}, this model's {width}")
+                f"the subject in {subject.folder} was made for {subject.base}: its "
+                f"token embeddings have width {row.shape[1]}, this model's {width}")
         if known := set(tokens) & set(tokenizer.get_vocab()):
             raise ValueError(
-                f"the token {min(known)!r} of the subject in {subject.folder} is in the tokenizer's "
-                             "vocabulary already")
+                f"the token {min(known)!r} of the subject in "
+                f"{subject.folder} is in the tokenizer's vocabulary already")
 
 # %% ../../nbs/2_machine/09_guide.ipynb #c022a2
 def _load_lora(pipe, folder, name):
@@ -193,8 +193,9 @@ def check_subject(pipe, rule, prompt) -> bool:
     subjects, adapters = subjects_of(pipe), getattr(denoiser_of(pipe), "peft_config", {})
     if rule.needs_subject and not subjects and not adapters:
         raise ValueError(
-            f"{rule!r} needs a subject: load one with load_subject(pipe, folder) (a SubjectPipeline: "
-                         "pipe.load_subject(folder)), or its LoRA with pipe.load_lora_weights(folder)")
+            f"{rule!r} needs a subject: load one with load_subject(pipe, "
+            "folder) (a SubjectPipeline: pipe.load_subject(folder)), or "
+            "its LoRA with pipe.load_lora_weights(folder)")
     tokens = [s.token for s in subjects.values()]
     for text in [prompt] if isinstance(prompt, str) else prompt or []:
         if rule.needs_subject and tokens and not any(token in text for token in tokens):

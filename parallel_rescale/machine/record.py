@@ -50,8 +50,8 @@ def recorder(record: list | None, rule: Guidance):
     if record is None: return None
     if missing := {"null", "base", "subject"} - {b.prompt for b in rule.branches}:
         raise ValueError(
-            f"record: {rule!r} makes no prediction for {sorted(missing)}, and p = ⟨g_cons, g_text⟩/⟨g_text, "
-                         "g_text⟩ needs null, base and subject")
+            f"record: {rule!r} makes no prediction for {sorted(missing)}, and "
+            "p = ⟨g_cons, g_text⟩/⟨g_text, g_text⟩ needs null, base and subject")
     def on_step(i, n, t, predictions, combined):
         named = {key[0]: prediction for key, prediction in predictions.items() if len(key) == 2}
         if not {"null", "base", "subject"} <= named.keys(): return   # a step on which the rule asked for less

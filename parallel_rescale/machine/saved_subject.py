@@ -123,8 +123,8 @@ def load_tokens(folder) -> tuple[list[str], torch.Tensor, torch.Tensor] | None:
     with safe_open(file, "pt") as f: header, rows = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     if {"clip_l", "clip_g"} - rows.keys() or "tokens" not in header:
         raise ValueError(
-            f"{file}: expected the tensors clip_l and clip_g and the token strings in the header, got "
-                         f"{sorted(rows)} and {sorted(header)}")
+            f"{file}: expected the tensors clip_l and clip_g and the token "
+            f"strings in the header, got {sorted(rows)} and {sorted(header)}")
     return json.loads(header["tokens"]), rows["clip_l"], rows["clip_g"]
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c017
@@ -199,8 +199,8 @@ def _note_of(folder: Path) -> Path:
     if not folder.is_dir(): raise FileNotFoundError(f"subject: there is no folder {folder}")
     if not (note := folder / SUBJECT_FILE).is_file():
         raise FileNotFoundError(
-            f"subject: {folder} has no {SUBJECT_FILE}, so it is not a saved subject. `finetune` writes "
-                                "one; a LoRA made elsewhere loads with pipe.load_lora_weights")
+            f"subject: {folder} has no {SUBJECT_FILE}, so it is not a saved subject. "
+            "`finetune` writes one; a LoRA made elsewhere loads with pipe.load_lora_weights")
     _check_weights(folder)
     return note
 

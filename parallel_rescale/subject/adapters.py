@@ -25,8 +25,8 @@ from ..machine.prompts import PromptEmbeds
 def check_revision(base, revision=None):
     "ValueError where a revision is asked of a folder, which has none."
     if revision is not None and Path(base).is_dir():
-        raise ValueError(f"revision={revision!r}: base={str(base)!r} is a folder here, and only models of "
-                         f"the Hub have revisions")
+        raise ValueError(f"revision={revision!r}: base={str(base)!r} is a "
+                         "folder here, and only models of the Hub have revisions")
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c008a
 def unet_config(base, revision=None):
@@ -127,8 +127,8 @@ def encode(vae, x, name='the picture'):
     moments = torch.stack([posterior.mean, posterior.std], 1)
     if moments.isfinite().all(): return moments
     raise ValueError(
-        f"{name}: the VAE gives latents that are not finite; take another one (vae=…), or look at the "
-        f"picture")
+        f"{name}: the VAE gives latents that are not finite; "
+        "take another one (vae=…), or look at the picture")
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c102b
 @torch.no_grad()

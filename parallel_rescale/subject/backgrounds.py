@@ -71,10 +71,10 @@ def check_references(references):
     silent = [i for i in group if not names_a_place(references[i].caption)]
     if len(silent) <= len(group) / 2: return None
     n, of = len(group), len(references)
-    return (f"{f'all {n} pictures' if n == of else f'{n} of {of} pictures'} look alike behind the subject "
-            "and the captions do not say what is there, so the model will learn it with the subject: "
-            "write it into each caption, as in 'a photo of a {subject} in front of a brick wall', or take "
-            "pictures in different places")
+    return (f"{f'all {n} pictures' if n == of else f'{n} of {of} pictures'} look alike "
+            "behind the subject and the captions do not say what is there, so the model "
+            "will learn it with the subject: write it into each caption, as in 'a photo of "
+            "a {subject} in front of a brick wall', or take pictures in different places")
 
 # %% ../../nbs/3_subject/02_backgrounds.ipynb #b021
 PROMPT_COLOURS = dict(subject='#b3432b', base='#2b5fb3')

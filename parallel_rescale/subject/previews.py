@@ -70,7 +70,7 @@ def sample_pictures(run, prompts, rule, seed=0):
         out += pipe.image_processor.postprocess(decode(pipe.vae, latents), output_type='pil')
     return out
 
-# %% ../../nbs/3_subject/10_previews.ipynb #p002
+# %% ../../nbs/3_subject/10_previews.ipynb #p002d
 @contextmanager
 def at_any_rate(what):
     "Inside, pictures that cannot be painted or written cost a warning, and the training goes on."

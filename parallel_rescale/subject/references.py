@@ -34,8 +34,8 @@ def check_caption(caption, where, class_noun=None):
     if '{subject}' in caption: return caption
     hint = caption.replace(class_noun, '{subject}',
                            1) if class_noun and class_noun in caption else DEFAULT_CAPTION
-    raise ValueError(f"{where}: the caption {caption!r} has no {{subject}}. Write it where the subject "
-                     f"stands, as in {hint!r}")
+    raise ValueError(f"{where}: the caption {caption!r} has no {{subject}}. "
+                     f"Write it where the subject stands, as in {hint!r}")
 
 # %% ../../nbs/3_subject/01_references.ipynb #c015
 def scale_grey(image):
@@ -222,11 +222,11 @@ def dco_names(entry, where):
     identifier = first('inserting_tokens') or entry.get('identifier')
     noun = first('initializer_tokens') or entry.get('class')
     if identifier is None or noun is None:
-        raise ValueError(f"{where}: expected 'identifier' and 'class' (or 'inserting_tokens' and "
-                         f"'initializer_tokens')")
+        raise ValueError(f"{where}: expected 'identifier' and 'class' (or "
+                         "'inserting_tokens' and 'initializer_tokens')")
     if identifier == noun:
-        raise ValueError(f"{where}: identifier and class are both {noun!r} (a style?): there is no subject "
-                         f"to learn")
+        raise ValueError(f"{where}: identifier and class are both {noun!r} "
+                         "(a style?): there is no subject to learn")
     return identifier, noun
 
 # %% ../../nbs/3_subject/01_references.ipynb #c044

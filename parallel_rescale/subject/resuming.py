@@ -77,8 +77,8 @@ def check_same_run(s, folder):
     if precision: warnings.warn(f"{folder}: goes on with {precision[0]}; the weights are in float32 and fit, "
                                 "but the run is no longer the same to the last bit")
     if changed := [c for c in changed if c not in precision]:
-        raise ValueError(f"{folder} was made with other settings, and a run resumes only with its own: "
-                         f"{'; '.join(changed)}")
+        raise ValueError(f"{folder} was made with other settings, and a run "
+                         f"resumes only with its own: {'; '.join(changed)}")
 
 # %% ../../nbs/3_subject/12_resume.ipynb #c083
 def checkpoint_of(s):
