@@ -191,6 +191,8 @@ def train_tiny(work: Annotated[Path, _BETWEEN] = Path("runs/tiny_sdxl"),
 # %% ../../nbs/6_use/05_cli.ipynb #c055a1
 def main():
     "The console script `parallel-rescale`."
+    # no remarks on packages that could be installed too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 # python -m parallel_rescale.use.cli
