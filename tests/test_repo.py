@@ -109,7 +109,8 @@ def test_constraints_pin_every_requirement_within_its_bounds():
         (spec,) = pin.specifier
         assert spec.operator == "==" and "*" not in spec.version and "+" not in spec.version, pin
         pinned.setdefault(canonicalize_name(pin.name), []).append(spec.version)
-    for key in ("requirements", "dev_requirements", "notebook_requirements", "ray_requirements"):
+    for key in ("requirements", "dev_requirements", "notebook_requirements", "docs_requirements", "browser_requirements",
+                "ray_requirements"):
         for requirement in map(Requirement, CONFIG["DEFAULT"][key].split()):
             versions = pinned.get(canonicalize_name(requirement.name))
             assert versions, f"constraints.txt does not pin {requirement.name}"
