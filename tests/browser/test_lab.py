@@ -55,3 +55,89 @@ def test_the_first_tour_runs_to_its_end(open_notebook):
     book.picture("first-tour")
     last = book.panel.locator(".jp-CodeCell").last.locator(".jp-InputPrompt").inner_text()
     assert last.strip("[]: \n").isdigit(), "the last cell was run"
+
+
+EXPLORER = "6_use/09_explorer.ipynb"
+OPENED = "from parallel_rescale.use.explorer import explore\nexplorer = explore(steps=8)\nexplorer"
+needs_explorer = pytest.mark.skipif(not (NBS / EXPLORER).exists(), reason="this checkout has no explorer")
+
+
+class Opened:
+    "An explorer on the page."
+    def __init__(self, book):
+        self.book, self.page = book, book.page
+        book.write(book.panel.locator(".jp-CodeCell").nth(2), OPENED)
+        self.root = book.panel.locator(".pr-explorer").first
+        self.root.wait_for(timeout=120_000)
+        self.painted()
+
+    def part(self, name): return self.root.locator(f".pr-{name}")
+
+    def picture(self, side=0): return self.part(f"picture-{side}").locator("img").first.get_attribute("src")
+
+    def says(self): return self.part("message").inner_text()
+
+    def painted(self, words="Painted in", seconds=120):
+        "Until the explorer says so."
+        self.part("message").get_by_text(words).first.wait_for(timeout=seconds * 1000)
+
+    def changes(self, act, side=0, seconds=120):
+        "Do something; the picture must become another."
+        before = self.picture(side)
+        act()
+        self.page.wait_for_function(
+            """([root, side, before]) => {
+                const say = root.querySelector('.pr-message').textContent
+                const now = root.querySelector(`.pr-picture-${side} img`).src
+                return now !== before && say.includes('Painted in') && now.length > 200 }""",
+            arg=[self.root.element_handle(), side, before], timeout=seconds * 1000, polling=200)
+        assert self.picture(side) != before
+
+
+@needs_explorer
+def test_the_explorer_paints_anew_when_a_control_moves_and_can_be_stopped(open_notebook):
+    book = open_notebook(EXPLORER)
+    opened = Opened(book)
+    book.picture("explorer-opened")
+    slider = opened.part("rule-0").locator('.pr-field-consistency [role="slider"], '
+                                           '.pr-field-consistency .ui-slider-handle, '
+                                           '.pr-field-consistency .noUi-handle').first
+    def drag():
+        slider.focus()
+        for _ in range(8): opened.page.keyboard.press("ArrowLeft")
+    opened.changes(drag)
+    opened.changes(lambda: opened.part("rule-1").locator("select").first.select_option(index=0), side=1)
+    book.picture("explorer-another-rule")
+    steps = opened.part("steps").locator("input").first
+    steps.fill("60")
+    steps.press("Enter")
+    opened.part("stop").first.click()
+    opened.painted("Stopped")
+    assert book.errors() == [] and opened.picture()
+    book.picture("explorer-stopped")
+    book.write(book.panel.locator(".jp-CodeCell").nth(3), "explorer.settings, explorer.image is not None")
+    assert "True" in book.panel.locator(".jp-CodeCell").nth(3).inner_text()
+
+
+EXPLAINERS = "6_use/10_explainers.ipynb"
+DRAGGED = "from parallel_rescale.use.explainers import explainer\ndrawing = explainer('projection')\ndrawing"
+
+
+@pytest.mark.skipif(not (NBS / EXPLAINERS).exists(), reason="this checkout has no explainers")
+def test_an_explainer_follows_the_hand_and_python_the_explainer(open_notebook):
+    book = open_notebook(EXPLAINERS)
+    book.write(book.panel.locator(".jp-CodeCell").nth(2), DRAGGED)
+    drawing = book.panel.locator(".jp-OutputArea-output svg, .jp-OutputArea-output canvas").first
+    drawing.wait_for(timeout=60_000)
+    handle = book.panel.locator('.jp-OutputArea-output svg [tabindex="0"]').first
+    before = drawing.inner_html()
+    box = handle.bounding_box()
+    book.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    book.page.mouse.down()
+    book.page.mouse.move(box["x"] + 60, box["y"] - 40, steps=6)
+    book.page.mouse.up()
+    assert drawing.inner_html() != before
+    book.picture("explainer-dragged")
+    cell = book.panel.locator(".jp-CodeCell").nth(3)
+    book.write(cell, "print('moved', drawing.g_text != [1.8, .5] or drawing.g_cons != [-1.5, 1.8])")
+    assert "moved True" in cell.inner_text()
