@@ -156,7 +156,7 @@ def _ray_running(ray, address):
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #n016
 def _count_loss(lost, job, error, retries):
-    "One more worker died on a job; RuntimeError where that were too many."
+    "One more worker died on a job; RuntimeError where these are too many."
     lost[job] += 1
     if lost[job] > retries:
         last = str(error).strip().splitlines()[0]

@@ -145,7 +145,7 @@ def _few_cells(table, n=6):
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c043bs
 def _page_size(im):
-    "An image as it stands on a page, which is no poster."
+    "An image at the size at which the page shows it."
     return im.resize((256, 256)) if im and im.width > 256 else im
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c043

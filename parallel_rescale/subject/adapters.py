@@ -207,7 +207,7 @@ def add_token(
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c022
 def to_device(tensor, device):
-    "A CPU tensor on a device, without waiting for a GPU to finish what it is at."
+    "A CPU tensor on a device, without waiting until a GPU has finished its work."
     if torch.device(device).type != 'cuda': return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -93,7 +93,7 @@ def checkpoint_of(s):
 
 # %% ../../nbs/3_subject/12_resume.ipynb #c084
 def note_crops(references, s):
-    "Say how pictures are cut, where they are."
+    "Say how pictures are cut, if any are."
     sizes = {r.image.size for r in references}
     if sizes != {(s.resolution, s.resolution)}:
         print(f"note: pictures of {', '.join(f'{w}×{h}' for w, h in sorted(sizes))} are cut ({s.crop}) "

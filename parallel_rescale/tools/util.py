@@ -31,7 +31,7 @@ def _is_gone(cls) -> bool:
 
 # %% ../../nbs/0_tools/01_util.ipynb #e003
 def present(register: dict[str, type]) -> dict[str, type]:
-    "`register`, in which a notebook's classes that are gone gave their places back to the modules' own."
+    "`register`, once a notebook's classes that are gone have given their places back to the modules'."
     for name, cls in [*register.items()]:
         if not _is_gone(cls): continue
         if (own := vars(cls).get("_stands_before")) is not None: register[name] = own
@@ -83,7 +83,7 @@ def default_device(asked: str | None = None) -> str:
 
 # %% ../../nbs/0_tools/01_util.ipynb #u012a
 def to_device(tensor, device):
-    "A CPU tensor on a device, without waiting for a GPU to finish what it is at."
+    "A CPU tensor on a device, without waiting until a GPU has finished its work."
     import torch
     if torch.device(device).type != "cuda": return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
