@@ -171,7 +171,7 @@ def shown(cell, titled):
     marks = directives(cell.source)
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
     cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})
-                    and not o.get("text", "").startswith("this chapter runs on:")]
+                    and not o.get("text", "").startswith(("this chapter runs on:", "Still open:"))]
     if not cell.source or (set(marks) & {"hide", "hide_input"} and not titled): return None
     if "hide" in marks:
         if not re.search(r"^(from|import) ", cell.source, flags=re.M): return None
