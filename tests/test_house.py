@@ -129,6 +129,8 @@ def test_a_chapter_asks_shows_and_leads_on(path):
     texts = [s for kind, s in cells(path) if kind == "markdown"]
     assert re.match(r"# .+\n\n> .+", texts[0]), "a chapter opens with its title and one sentence"
     assert "?" in "\n".join(texts[:3]), "and with its question"
+    assert "You need: " in "\n".join(texts), "it says what it builds on"
+    assert "## What we have" in "\n".join(texts[-3:]), "it sums up"
     assert re.search(r"\bNext\b.*\]\([^)]+\.ipynb\)", "\n".join(texts[-3:])), "it ends with where to go next"
     outputs = [o for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
     assert any(k.startswith("image/") for o in outputs for k in o.get("data", {})), "it shows a figure"
