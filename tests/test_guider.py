@@ -3,10 +3,10 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
 
-from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, RuleGuider, every, guide
+from parallel_rescale import CFG, ParallelRescale, RuleGuider, every, guide
 from parallel_rescale.machine.guide import load_subject
 from parallel_rescale.method.attention import PerturbedAttention
-from parallel_rescale.method.several import SeveralSubjects
+from parallel_rescale.method.registry import known_rules
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import PACKAGE
 from parallel_rescale.use.guider import as_modular, guider_for, spec_of
@@ -34,11 +34,17 @@ def test_cfg_is_diffusers_own_bit_for_bit(blocks, how):
     assert torch.equal(run(blocks, RuleGuider(CFG(4.)), **how), stock)
 
 
-@pytest.mark.parametrize("rule", [
-    ParallelRescale(3., 2.), ConsistencyGuidance(3., 2.), every(ParallelRescale(3., 2.), 2),
-    PerturbedAttention(3., 1., layers="block"), SeveralSubjects(3., 2.)], ids=lambda rule: rule.label)
-def test_a_guider_is_the_rule(pipe, blocks, rule):
+@pytest.mark.parametrize("name", sorted(known_rules()))
+def test_a_guider_is_the_rule(pipe, blocks, name):
     "Row by row in one, all rows in one call in the other: other sizes of matrix products, other rounding."
+    same_as_guide(pipe, blocks, known_rules()[name]())
+
+
+@pytest.mark.parametrize("rule", [every(ParallelRescale(3., 2.), 2), PerturbedAttention(3., 1., layers="block")], ids=lambda rule: rule.label)
+def test_wrappers_and_layers_too(pipe, blocks, rule): same_as_guide(pipe, blocks, rule)
+
+
+def same_as_guide(pipe, blocks, rule):
     ours = run(blocks, guider_for(pipe, rule, PROMPT))
     with guide(pipe, rule, PROMPT) as generate:
         same = generate(num_inference_steps=3, generator=noise(), output_type="latent").images

@@ -1,0 +1,95 @@
+"""The tables of rules and models in nbs/index.ipynb: `python .ci/make_features.py`, then make_readme.
+
+Rules and their costs come from the rules themselves; what runs where comes from the names of the tests that run it.
+"""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX, TESTS = "nbs/index.ipynb", ["tests/test_borders.py", "tests/test_guider.py"]
+START, END = "<!-- features: made by .ci/make_features.py -->", "<!-- /features -->"
+# as they are called in the tests, in the order of the table
+MODELS = dict(sdxl="SDXL", sd15="SD 1.5", sd3="SD 3 and 3.5", flux1="FLUX.1", flux2_dev="FLUX.2 dev", flux2_klein="FLUX.2 klein",
+              chroma="Chroma", qwen_image="Qwen-Image", z_image="Z-Image", sana="Sana")
+# test → (task; None: it stands in brackets behind the name, model; None: likewise)
+EQUAL = {"test_cfg_is_the_stock_pipelines_own": ("from text", None), "test_cfg_equals_stock": ("from text", None),
+         "test_cfg_is_diffusers_own_bit_for_bit": ("from text", "sdxl"), "test_cfg_is_stock_in_other_tasks": (None, "sdxl"), "test_cfg_equals_stock_from_a_picture": ("img2img", None)}
+TASKS = ["from text", "img2img", "inpaint"]
+
+
+def tested(root=ROOT) -> list:
+    "(test, the words in its brackets) of the tests of all architectures."
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *TESTS],
+                          cwd=root, capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(done.stdout + done.stderr)
+    return [(m[1], re.split("-", m[2] or "")) for m in re.finditer(r"::(\w+)(?:\[(.*)\])?$", done.stdout, re.M)]
+
+
+def source_of(kind) -> str:
+    "Where a rule comes from, by its docstring."
+    said = " ".join(kind.__doc__.split())
+    if "this project's" in said: return "this project"
+    if paper := re.search(r"arXiv (\d{4}\.\d{5})", said): return f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
+    authors = re.search(r"\((\w+ & \w+ \d{4})\)", said)
+    return authors[1] if authors else ""
+
+
+def rule_rows() -> list:
+    "A row for each rule of the package: what a step of it asks for; the cheapest first."
+    from parallel_rescale.method.registry import costs, known_rules
+    rows = []
+    for name, kind in known_rules().items():
+        if not kind.__module__.startswith("parallel_rescale."): continue        # plug-ins have pages of their own
+        c = costs(kind())
+        further = [f"prompt `{p}`" for p in c["prompts"] if p not in ("null", "base", "subject")] + ["another attention"] * bool(c["attention"])
+        rows.append({"rule": kind.title, "name": f"`{name}`", "predictions a step": c["predictions"], "of them by θ": c["adapted"],
+                     "asks further for": ", ".join(further), "source": source_of(kind)})
+    return sorted(rows, key=lambda row: (row["predictions a step"], row["rule"].lower()))
+
+
+def model_rows(tests: list) -> list:
+    "A row for each model: how many rules run in it, and in which tasks CFG is the stock pipeline's own."
+    from parallel_rescale.method.registry import known_rules
+    rules, rows = set(known_rules()), []
+    for model, title in MODELS.items():
+        ran = {w for test, words in tests for w in words if test == "test_every_rule_runs" and model in words
+               or test == "test_a_guider_is_the_rule" and model == "sdxl"} & rules
+        equal = {task or word for test, words in tests if test in EQUAL for task, of in [EQUAL[test]]
+                 if (of or model) == model and (of or model in words) for word in words if task or word in TASKS}
+        if ran or equal:
+            rows.append({"model": title, "rules that run in it": len(ran) or "", **{f"CFG is stock's, {t}": "✓" * (t in equal) for t in TASKS}})
+    return rows
+
+
+def table(rows) -> str:
+    "Rows as a table of Markdown."
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def block(tests=None) -> str:
+    "What stands between the marks."
+    tests = tested() if tests is None else tests
+    return "\n\n".join([
+        START, "What a step of each rule asks of the network, at its default scales; θ is the personalised model. With `guide` and `SubjectPipeline` all predictions "
+        "come from one call (as a [diffusers guider](6_use/06_guider.ipynb): one call each); `every(rule, k)` asks in full on every k-th "
+        "step only. Memory grows with the rows of the call; `max_rows` splits it.", table(rule_rows()),
+        "What the tests run on tiny models of random weights (SDXL: the embedded model). *CFG is stock's*: the rule CFG gives the "
+        "pipeline's own guidance. Subjects are fine-tuned, and loaded with their words, for SDXL.", table(model_rows(tests)), END])
+
+
+def marked(text: str, new: str) -> str:
+    "A text with the marked block replaced."
+    return text[:text.index(START)] + new + text[text.index(END) + len(END):]
+
+
+if __name__ == "__main__":
+    path = ROOT / INDEX
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cell = next(c for c in notebook["cells"] if START in "".join(c["source"]))
+    cell["source"] = marked("".join(cell["source"]), block()).splitlines(keepends=True)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{INDEX}: tables of rules and models written")

@@ -1,0 +1,35 @@
+"""The tables of rules and models are made from the rules and from the names of the tests, not by hand."""
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def features():
+    sys.path.insert(0, str(ROOT / ".ci"))
+    try: return import_module("make_features")
+    finally: sys.path.pop(0)
+
+
+def test_the_tables_are_up_to_date(features):
+    cells = json.loads((ROOT / features.INDEX).read_text(encoding="utf-8"))["cells"]
+    text = next(t for c in cells if features.START in (t := "".join(c["source"])))
+    assert features.marked(text, features.block()) == text, "run python .ci/make_features.py, nbdev_clean and python .ci/make_readme.py"
+
+
+def test_a_model_is_in_the_table_where_tests_run_it(features):
+    made = [("test_every_rule_runs", ["sana", "cfg"]), ("test_every_rule_runs", ["sana", "apg"]), ("test_cfg_equals_stock", ["sana", "None", "1"]),
+            ("test_cfg_is_stock_in_other_tasks", ["inpaint"]), ("test_a_guider_is_the_rule", ["cfg"]), ("test_something_else", ["z_image"])]
+    sdxl, sana = features.model_rows(made)
+    assert list(sdxl.values()) == ["SDXL", 1, "", "", "✓"] and list(sana.values()) == ["Sana", 2, "✓", "", ""]
+
+
+def test_every_rule_of_the_package_is_in_the_table_with_its_source(features):
+    rows = features.rule_rows()
+    assert len(rows) > 20 and {"`cfg`", "`parallel_rescale`"} <= {row["name"] for row in rows}
+    assert {row["rule"] for row in rows if not row["source"]} <= {"skip layer", "orthogonal only", "weak LoRA", "negative style"}
