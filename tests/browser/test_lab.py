@@ -77,6 +77,12 @@ class Opened:
 
     def says(self): return self.part("message").inner_text()
 
+    def slide(self, name, *keys):
+        "Press keys on a slider, as ipywidgets 8 and 7 draw it."
+        slider = self.part(name).first
+        slider.locator('[role="slider"], .ui-slider-handle').first.focus()
+        for key in keys: self.page.keyboard.press(key)
+
     def painted(self, words="Painted in", seconds=120):
         "Until the explorer says so."
         self.part("message").get_by_text(words).first.wait_for(timeout=seconds * 1000)
@@ -99,18 +105,11 @@ def test_the_explorer_paints_anew_when_a_control_moves_and_can_be_stopped(open_n
     book = open_notebook(EXPLORER)
     opened = Opened(book)
     book.picture("explorer-opened")
-    slider = opened.part("rule-0").locator('.pr-field-consistency [role="slider"], '
-                                           '.pr-field-consistency .ui-slider-handle, '
-                                           '.pr-field-consistency .noUi-handle').first
-    def drag():
-        slider.focus()
-        for _ in range(8): opened.page.keyboard.press("ArrowLeft")
-    opened.changes(drag)
-    opened.changes(lambda: opened.part("rule-1").locator("select").first.select_option(index=0), side=1)
+    opened.changes(lambda: opened.slide("field-consistency", *8 * ["ArrowLeft"]))
+    rule = opened.part("rule-1").locator("select").first
+    opened.changes(lambda: rule.select_option(index=1), side=1)         # 0 is: no second rule
     book.picture("explorer-another-rule")
-    steps = opened.part("steps").locator("input").first
-    steps.fill("60")
-    steps.press("Enter")
+    opened.slide("steps", "End")                                        # as many as there may be
     opened.part("stop").first.click()
     opened.painted("Stopped")
     assert book.errors() == [] and opened.picture()
