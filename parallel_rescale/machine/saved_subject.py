@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from ..tools.embedded import TINY_SDXL
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c010
-_SIZES = ("in_channels", "out_channels", "block_out_channels", "layers_per_block",
-          "transformer_layers_per_block",
-          "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+_SIZES = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+          "transformer_layers_per_block", "addition_embed_type", "projection_class_embeddings_input_dim")
 
 def base_signature(unet) -> dict:
     "The sizes of a UNet that decide whether an adapter fits it, as JSON-ready values."
@@ -33,12 +32,11 @@ def check_base(subject: "Subject", unet, name: str) -> None:
     """ValueError, naming both models, where `subject` was made for another kind of UNet than `unet` of
     the model `name`."""
     here = base_signature(unet)
-    differs = [f"{k} is {v} there and {here[k]} here" for k,
-               v in subject.signature.items() if here.get(k, v) != v]
+    differs = [f"{k} is {v} there and {here[k]} here"
+               for k, v in subject.signature.items() if here.get(k, v) != v]
     if differs:
-        raise ValueError(
-            f"the subject in {subject.folder} was made for {subject.base}, which does not fit {name}: "
-                         + "; ".join(differs))
+        raise ValueError(f"the subject in {subject.folder} was made for {subject.base}, which does not fit "
+                         f"{name}: {'; '.join(differs)}")
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c102
 TORCHAO = 'pip install --no-deps -U "torchao>=0.16"'
@@ -48,16 +46,13 @@ def check_torchao():
     from peft.import_utils import is_torchao_available
     try: is_torchao_available()
     except ImportError as error:
-        raise ImportError(
-            f"PEFT makes and loads no LoRA here ({error}); run: {TORCHAO} (and restart)") from None
+        raise ImportError(f"PEFT makes and loads no LoRA here ({error}); run: {TORCHAO}") from None
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c105
 def share(file):
-    """Give a file, in place, the access rights of any new file in its folder (what the umask leaves); its
-    path."""
+    "Give a file, in place, the access rights of a new file in its folder (what the umask leaves); its path."
     fresh = Path(f"{file}.mode")
-    # asks the system, for reading the umask means to change it
-    fresh.touch()
+    fresh.touch()                      # asks the system, for reading the umask means to change it
     try: os.chmod(file, fresh.stat().st_mode & 0o777)
     finally: fresh.unlink()
     return Path(file)
@@ -220,9 +215,16 @@ def read_subject(folder) -> Subject:
 Subject.load = staticmethod(read_subject)
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c023
+def _fields(subject, base, pictures):
+    "What the Hub reads of a card: base model, prompt, tags, and pictures with their prompts. JSON is YAML."
+    licence = {_TINY: "apache-2.0", "stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}.get(base)
+    known = dict(library_name="diffusers", base_model=base, license=licence, instance_prompt=subject.prompt,
+                 tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "parallel-rescale"],
+                 widget=[dict(text=subject.prompt, output=dict(url=p)) for p in pictures])
+    return "\n".join(f"{k}: {json.dumps(v)}" for k, v in known.items() if v and v != _TINY)
+
 _CARD = """---
-library_name: diffusers
-{base_model}tags: [parallel-rescale, lora, text-to-image]
+{fields}
 ---
 
 # {token}
@@ -270,12 +272,12 @@ def model_card(subject: Subject, pictures=()) -> str:
     "A README.md for a subject's folder: what it is and how to load it, with and without this package."
     ours, vae = subject.base == TINY_SDXL, subject.vae
     base = _TINY if ours else subject.base
-    options = "".join(f", {k}={json.dumps(v)}" for k,
-                      v in subject.base_options.items()) + ", vae=vae" * bool(vae)
+    given = subject.base_options | ({"vae": None} if vae else {})
+    options = "".join(f", {k}={json.dumps(v) if v else k}" for k, v in given.items())
     return _CARD.format(
-        token=subject.token, noun=subject.class_noun, base=base, options=options, lora_file=LORA_FILE,
-                        tokens_file=TOKENS_FILE,
-        base_model="" if ours else f"base_model: {base}\n", place="TINY_SDXL" if ours else f'"{base}"',
+        fields=_fields(subject, base, pictures), token=subject.token, noun=subject.class_noun, base=base,
+        options=options, lora_file=LORA_FILE, tokens_file=TOKENS_FILE,
+        place="TINY_SDXL" if ours else f'"{base}"',
         embedded="\nfrom parallel_rescale import TINY_SDXL  # where the embedded model lies" * ours,
         vae=f"vae = AutoencoderKL.from_pretrained({json.dumps(vae)})\n" * bool(vae),
         vae_import="from diffusers import AutoencoderKL\n" * bool(vae),

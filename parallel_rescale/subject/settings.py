@@ -98,6 +98,8 @@ class Settings:
         "a checkpoint's folder, or 'latest'", None, resume='free')
     report_to: str | None = setting(
         "where the log goes besides", None, choices=('tensorboard', 'wandb', 'all'), resume='free')
+    push_to_hub: str | None = setting(
+        "a repository on the Hub for the result, 'your-name/dog'; made private", None, resume='free')
     overwrite: bool = setting("replace an earlier run in `output`", False, resume='free')
     # found out at the start of a run, and saved with the rest
     fingerprint: str | None = setting("digest of pictures and captions", None, found=True)
