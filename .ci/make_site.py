@@ -1,9 +1,9 @@
 """The book as a site: `python .ci/make_site.py` writes _docs/html from nbs/ and the docstrings.
 
-No cell is run: the outputs that are stored in the notebooks are shown. Cells marked `#| hide` are folded
-where they import what the chapter uses, and left out otherwise; links that lead out of nbs/ lead to the
-repository; a public name in backticks leads to the reference. Sphinx takes every warning for an error, so
-a dead link in the text is one; `dead_links` looks for those that Sphinx does not see.
+No cell is run: the outputs that are stored in the notebooks are shown. Cells marked `#| hide`, and Colab's,
+are folded where they import what the chapter uses, and left out otherwise; links that lead out of nbs/ lead
+to the repository; a public name in backticks leads to the reference. Sphinx takes every warning for an
+error, so a dead link in the text is one; `dead_links` looks for those that Sphinx does not see.
 """
 import inspect
 import re
@@ -173,7 +173,7 @@ def shown(cell, titled):
     cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})
                     and not o.get("text", "").startswith(("this chapter runs on:", "Still open:"))]
     if not cell.source or (set(marks) & {"hide", "hide_input"} and not titled): return None
-    if "hide" in marks:
+    if "hide" in marks or '"google.colab" in sys.modules' in cell.source:
         if not re.search(r"^(from|import) ", cell.source, flags=re.M): return None
         cell.metadata["tags"], cell.outputs = ["hide-input"], []
     if "echo: false" in marks: cell.metadata["tags"] = ["remove-input"]
@@ -204,6 +204,7 @@ def with_references(text):
 
 
 def prose(text, folder):
+    text = re.sub(r"\[!\[Open in Colab\].*?\)\]\(.*?\)\n*", "", text)      # every page has that button
     text = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_site(m[2], folder), text)
     text = re.sub(r"(src=\")([^\"]+)", lambda m: m[1] + from_site(m[2], folder), text)
     return with_references(text)

@@ -27,6 +27,13 @@ def test_directives_go_and_hidden_cells_are_folded_or_gone():
     assert site.shown(cell("#| echo: false\nshow()"), True).metadata["tags"] == ["remove-input"]
 
 
+def test_what_only_colab_needs_is_folded_and_its_badge_gone():
+    folded = site.shown(cell('import sys\nif "google.colab" in sys.modules: pass'), True)
+    assert folded.metadata["tags"] == ["hide-input"]
+    badge = "[![Open in Colab](https://a.b/c.svg)](https://a.b/d.ipynb)"
+    assert site.prose(f"# A\n\n{badge}\n\nB", "tutorials") == "# A\n\nB"
+
+
 def test_progress_bars_and_the_word_on_the_device_are_not_shown():
     bar = nbformat.v4.new_output("display_data", {site.WIDGET: {"model_id": "1"}})
     device = nbformat.v4.new_output("stream", text="this chapter runs on: cpu\n")

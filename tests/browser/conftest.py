@@ -128,7 +128,7 @@ class Notebook:
         self.page.locator(".jp-Dialog .jp-mod-accept").click()
         self.page.wait_for_function(
             "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
-            timeout=120_000)
+            timeout=240_000)
 
     def errors(self):
         return self.panel.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
@@ -147,7 +147,7 @@ class Notebook:
         self.page.keyboard.insert_text(source)
         self.page.keyboard.press("Control+Enter")
         self.page.wait_for_timeout(500)
-        self.wait(60)
+        self.wait(300)
 
     def picture(self, name, **more): return self.page.screenshot(path=self.shot(name), **more)
 

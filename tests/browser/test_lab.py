@@ -68,7 +68,7 @@ class Opened:
         self.book, self.page = book, book.page
         book.write(book.panel.locator(".jp-CodeCell").nth(2), OPENED)
         self.root = book.panel.locator(".pr-explorer").first
-        self.root.wait_for(timeout=120_000)
+        self.root.wait_for(timeout=240_000)
         self.painted()
 
     def part(self, name): return self.root.locator(f".pr-{name}")
@@ -83,11 +83,11 @@ class Opened:
         slider.locator('[role="slider"], .ui-slider-handle').first.focus()
         for key in keys: self.page.keyboard.press(key)
 
-    def painted(self, words="Painted in", seconds=120):
+    def painted(self, words="Painted in", seconds=240):
         "Until the explorer says so."
         self.part("message").get_by_text(words).first.wait_for(timeout=seconds * 1000)
 
-    def changes(self, act, side=0, seconds=120):
+    def changes(self, act, side=0, seconds=240):
         "Do something; the picture must become another."
         before = self.picture(side)
         act()
