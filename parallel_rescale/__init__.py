@@ -33,6 +33,7 @@ _PUBLIC = {  # module -> the names it gives to the top level
     "subject.backgrounds": ["reference_table"],
     "subject.finetuning": ["finetune"],
     "evidence.evaluation": ["evaluate"],
+    "use.explorer": ["explore"],
     "use.guider": ["RuleGuider"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
