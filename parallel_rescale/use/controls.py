@@ -166,7 +166,7 @@ class Asking:
                                   for name, names in (("style", STYLES), ("place", BACKGROUNDS)))
         self.seed = w.IntText(description="noise (seed)", layout=w.Layout(width="58%"))
         self.another = w.Button(description="another noise", layout=w.Layout(width="38%"))
-        self.steps = w.IntSlider(description="steps", min=1, max=max(50, settings.steps), layout=wide)
+        self.steps = w.IntSlider(description="steps", min=1, max=max(60, settings.steps), layout=wide)
         self.rules = [RuleControls(rule, side, self.tell, optional=side > 0)
                       for side, rule in enumerate((*settings.rules, None)[:2])]
         self.show(settings)
