@@ -41,7 +41,7 @@ WITHOUT_DEVICE = {  # module.function → why its factories may stand without de
     "world_scorers._probability": "an index, which indexing takes from the CPU too",
     "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
     "training2": "as training",
-    "toy": ON_CPU,
+    "toy": ON_CPU, "explainers": ON_CPU,
 }
 
 

@@ -65,7 +65,7 @@ def picture_html(image, rule, prompt, state, found=None) -> str:
 CHOICES = {"ratio": RATIOS, "part": PARTS, "against": AGAINST}     # fields that take one of a few words
 
 def slider_range(kind, value) -> tuple[float, float]:
-    "The lowest and highest value of a field's slider: `kind` is `Share`, `Adapter`, or any other for a scale."
+    "(lowest, highest) of a field's slider: `kind` is `Share`, `Adapter`, or any other for a scale."
     if kind == Share: return 0., 1.
     if kind == Adapter: return min(0., value), max(1.5, value)
     return (-1., 1.) if value == 0 else (min(0., 2 * value), max(1., 2 * value))
@@ -208,4 +208,5 @@ class Asking:
 
     def chosen(self, change):
         "Write the prompt that the two lists ask for."
-        if not self.held: self.prompt.value = caption("{subject}", self.style.value or "photo", self.place.value)
+        if self.held: return
+        self.prompt.value = caption("{subject}", self.style.value or "photo", self.place.value)

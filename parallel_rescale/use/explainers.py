@@ -107,8 +107,8 @@ def _widget_class(name):
     return type(f"{name.title()}Explainer", (anywidget.AnyWidget,), {"_esm": explainer_source(name)} | traits)
 
 def explainer(name: str = "projection", **values):
-    """A drawing to drag, as a widget whose traits are its values: "projection" (g_text, g_cons, mean, std, gain)
-    or "toy" (rule, text, consistency, leak, noise). Needs the package anywidget."""
+    """A drawing to drag, as a widget whose traits are its values: "projection" (g_text, g_cons, mean, std,
+    gain) or "toy" (rule, text, consistency, leak, noise). Needs the package anywidget."""
     values = explainer_values(name, **values)
     try: return _widget_class(name)(**values)
     except ImportError as error:

@@ -20,8 +20,8 @@ from .story import (AGAINST, code_of, FOR, open_pipeline, paint, plot_norms, plo
 
 # %% ../../nbs/6_use/09_explorer.ipynb #x008
 class Latest:
-    """Does the newest job that it is given, in a thread; `work(job, stale)` is to give up soon after `stale()`
-    turns True, and to raise nothing."""
+    """Does the newest job that it is given, in a thread. `work(job, stale)` is to give up soon after
+    `stale()` turns True, and to raise nothing."""
     def __init__(self, work, patience: float = 10.):   # seconds that an idle thread waits for a job
         self.work, self.patience, self.number = work, patience, 0
         self.job = self.thread = None
@@ -67,13 +67,14 @@ class Latest:
             self.work(job, lambda: self.number != number)
 
 # %% ../../nbs/6_use/09_explorer.ipynb #x024
-_CHARTS = {plot_spread: "p over the steps, by rule", plot_norms: "Lengths of g_text, g_parallel and g_orthogonal"}
+_CHARTS = {plot_spread: "p over the steps, by rule",
+           plot_norms: "Lengths of g_text, g_parallel and g_orthogonal over the steps"}
 
 def charts_html(painted) -> str:
     "The way, p and the lengths, of what was painted."
     told = [p for p in painted if len(p.record)]
-    missing = "".join(f"<p>{html.escape(p.rule.label)} does not ask for null, base and subject, so it has no p.</p>"
-                      for p in painted if not len(p.record))
+    missing = "".join(f"<p>{html.escape(p.rule.label)} does not ask for null, base and subject, so it "
+                      "has no p.</p>" for p in painted if not len(p.record))
     way = figure_html(strips(painted), "Previews of the picture at eight steps, a row for each rule")
     charts = "".join(chart_html(plot(told), alt) for plot, alt in _CHARTS.items()) if told else ""
     return (f'<h4>The way there</h4><div class="pr-strip">{way}</div><h4>Who pulls where</h4>'
@@ -83,7 +84,7 @@ def charts_html(painted) -> str:
 def maps_html(painted, step) -> str:
     "p of one step on the pictures, side by side."
     key = (f'{swatch(AGAINST, "against the prompt")}{swatch(FOR, "for the prompt")}')
-    maps = "".join(figure_html(ratio_map(p, step), f"p of step {step + 1} laid on the preview, {p.rule.label}")
+    maps = "".join(figure_html(ratio_map(p, step), f"p of step {step + 1} on the preview, {p.rule.label}")
                    for p in painted if len(p.record))
     title = '<p class="pr-title">Where the subject pulls against the prompt</p>'
     return f'{title}<div class="pr-row pr-maps">{maps}</div><div class="pr-row">{key}</div>' if maps else ""
@@ -102,7 +103,8 @@ def _html(name):
     return w.HTML(layout=w.Layout(width="100%", margin="0")).add_class(f"pr-{name}")
 
 def _message(text, error=False):
-    return f'<div class="pr-say{" pr-error" * error}" role="{"alert" if error else "status"}">{html.escape(text)}</div>'
+    kind = 'pr-say pr-error" role="alert' if error else 'pr-say" role="status'
+    return f'<div class="{kind}">{html.escape(text)}</div>'
 
 class _Screen:
     "Where the explorer shows what it has: HTML widgets, and a slider for the map's step."
@@ -178,7 +180,8 @@ class _Paints(_Acts):
             self.made[key] = paint(self.pipe, settings.prompt, rule, settings.seed, settings.steps, look)
             while len(self.made) > KEPT: del self.made[next(iter(self.made))]
         made = self.made[key]
-        with self._still(stale): self._show(side, rule, settings, made.image, "painted", self.scored.get(made))
+        with self._still(stale):
+            self._show(side, rule, settings, made.image, "painted", self.scored.get(made))
         return made
 
     def _finish(self, settings, painted, stale):
@@ -230,7 +233,8 @@ class Explorer(_Paints):
     settings = property(lambda self: self.asking.settings)
     images = property(lambda self: [p.image for p in self.painted])
     image = property(lambda self: self.painted[0].image if self.painted else None)
-    codes = property(lambda self: [code_of(self.pipe, self.shown, p.rule, self.opening) for p in self.painted])
+    codes = property(lambda self: [code_of(self.pipe, self.shown, p.rule, self.opening)
+                                   for p in self.painted])
     code = property(lambda self: self.codes[0] if self.painted else None)
 
     def change(self, **settings) -> "Explorer":
@@ -264,7 +268,7 @@ def first_settings(pipe, **given) -> Settings:
 
 def explore(pipe_or_subject=None, *,   # see `open_pipeline`
             prompt=None, rules=None, seed=0, steps=20,   # what it opens with, see `Settings`
-            scorers=(),                # further numbers, such as ("clip", "dino"), for models that have no judge
+            scorers=(),                # further numbers, such as ("clip", "dino"), for other models
            ) -> Explorer:
     """An explorer: prompt, noise, steps, and any two rules with all their scales under sliders, painted live.
 

@@ -34,7 +34,8 @@ from ..tools.plot import image_grid
 from ..tools.util import PACKAGE
 from .pictures import pipeline_of
 from ..world.judge import judge_images, load_judge
-from ..world.tinyworld import BACKGROUND_PHRASES, BACKGROUNDS, STYLE_TEMPLATES, STYLES, SUBJECTS
+from ..world.tinyworld import (BACKGROUND_PHRASES, BACKGROUNDS, STYLE_TEMPLATES, STYLES,
+                                              SUBJECTS)
 
 # %% ../../nbs/6_use/07_story.ipynb #e007
 AT_FIRST = (ConsistencyGuidance(5., 3.), ParallelRescale(5., 3.))
@@ -257,7 +258,8 @@ def judged(image, prompt, subject) -> dict:
     asked = {f"style {style}": float(p["style"][STYLES.index(style)])} if style else {}
     if place: asked[f"place {place}"] = float(p["background"][BACKGROUNDS.index(place)])
     if (name := world_name(subject)) and style:
-        asked[f"identity {subject.token}"] = float(answers["identity"][0] @ true_direction(name, style, place))
+        likeness = answers["identity"][0] @ true_direction(name, style, place)
+        asked[f"identity {subject.token}"] = float(likeness)
     return dict(asked=asked, seen=f"{STYLES[p['style'].argmax()]}, {BACKGROUNDS[p['background'].argmax()]}")
 
 # %% ../../nbs/6_use/07_story.ipynb #e046
@@ -274,7 +276,8 @@ def scores_of(pipe, image, prompt, scorers=()) -> dict:
     if scorers and "{subject}" in text:
         who = References(world_name(subject) or "", getattr(subject, "class_noun", ""))
         values = score(list(scorers), [image], Prompt(text), who)
-        found["asked"] |= {name: float(v[0]) for name, v in values.items() if np.ndim(v) and not np.isnan(v[0])}
+        numbers = {name: float(v[0]) for name, v in values.items() if np.ndim(v)}
+        found["asked"] |= {name: v for name, v in numbers.items() if not np.isnan(v)}
     return found
 
 # %% ../../nbs/6_use/07_story.ipynb #e049
@@ -290,7 +293,8 @@ image = pipe({prompt!r}, guidance={rule!r},
              num_inference_steps={steps}, generator=torch.Generator().manual_seed({seed})).images[0]"""
 _GUIDED = """\
 with guide(pipe, {rule!r}, {prompt!r}) as generate:
-    image = generate(num_inference_steps={steps}, generator=torch.Generator().manual_seed({seed})).images[0]"""
+    image = generate(num_inference_steps={steps},
+                     generator=torch.Generator().manual_seed({seed})).images[0]"""
 
 def code_of(pipe, settings, rule, opening) -> str:
     "Python that makes the picture of `settings` under `rule`, from imports to `image`."
