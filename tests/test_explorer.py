@@ -14,7 +14,7 @@ from parallel_rescale.tools.util import PACKAGE
 from parallel_rescale.use import explainers
 from parallel_rescale.use.explorer import explore
 from parallel_rescale.use.story import Settings, open_pipeline
-from parallel_rescale.world.toy import toy_scores
+from parallel_rescale.world.toy import toy_scores, toy_sigmas
 
 LONG = 300        # seconds: how long a busy machine may take
 
@@ -218,7 +218,21 @@ def test_the_projection_in_javascript_is_the_package_s(tmp_path):
 @pytest.mark.parametrize("text, consistency, leak", [(3., 3., .6), (7.5, 1., .95), (2., 4., .1), (1., 0., 0.)])
 def test_the_toy_in_javascript_goes_the_package_s_way(tmp_path, rule, text, consistency, leak):
     values = explainers.explainer_values("toy", rule=rule, text=text, consistency=consistency, leak=leak)
+    ours, sigmas = explainers.toy_points(**values), toy_sigmas().tolist()
+    predicted = (ours[1:] - ours[:-1]).flatten(1) / torch.tensor(sigmas).double().diff()[:, None]
     asked = json.dumps(dict(text=text, consistency=consistency, leak=leak))
+    # step by step from Python's own points: a rule that overshoots drives roundings apart over a whole run
+    theirs = in_javascript(tmp_path, "toy", f"{ours[:-1].flatten(1).tolist()}.map((x, i) => Array.from(it.guided("
+                                            f"it.toyWorld({leak}), '{rule}', {asked}, x, {sigmas}[i])))")
+    far = (torch.tensor(theirs, dtype=torch.float64) - predicted).abs().amax(1) / predicted.abs().amax(1)
+    assert far.max() < 1e-4, far
+
+
+@needs_node
+@pytest.mark.parametrize("rule", explainers.TOY_RULES)
+def test_the_toy_in_javascript_ends_where_the_package_s_does(tmp_path, rule):
+    values = explainers.explainer_values("toy", rule=rule)
+    asked = json.dumps({name: values[name] for name in ("text", "consistency", "leak")})
     path, scores = in_javascript(tmp_path, "toy", f"(path => [path.map(x => Array.from(x)), it.toyScores(path.at(-1))])"
                                                   f"(it.toySample('{rule}', {asked}, {values['noise']}))")
     ours = explainers.toy_points(**values)
