@@ -22,7 +22,7 @@ def self_attention(model, words: tuple) -> list:
     known = _known_attention.setdefault(model, {})
     if words not in known:
         found = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ("attn1", "attn")
-                 and hasattr(m, "to_q") and any(word in name for word in words)]
+                 and hasattr(m, "to_q") and hasattr(m, "to_out") and any(word in name for word in words)]
         if not found:
             raise ValueError(f"attention: {type(model).__name__} has no self-attention in {', '.join(words)}")
         known[words] = [weakref.ref(m) for m in found]
@@ -30,13 +30,14 @@ def self_attention(model, words: tuple) -> list:
 
 # %% ../../nbs/2_machine/02_attention_rows.ipynb #a007
 def _column(rows, values: torch.Tensor, fill: float, value: float):
-    """[B, 1, 1] like `values`: `value` in some rows, `fill` in the others. Made here and sent: to index a
+    """[B, 1, …] like `values`: `value` in some rows, `fill` in the others. Made here and sent: to index a
     tensor on a GPU by a list of rows is to wait for it."""
     column = torch.tensor([value if r in rows else fill for r in range(len(values))], dtype=values.dtype)
-    return to_device(column, values.device).view(-1, 1, 1)
+    return to_device(column, values.device).view(-1, *[1] * (values.ndim - 1))
 
 def _temperature(layer, rows, value):
-    return layer.to_q.register_forward_hook(lambda m, args, q: q * _column(rows, q, 1., value))
+    last = layer.to_q if getattr(layer, "norm_q", None) is None else layer.norm_q  # a norm undoes a factor
+    return last.register_forward_hook(lambda m, args, q: q * _column(rows, q, 1., value))
 
 def _of_picture(out, change):
     "A layer's result with the picture's part changed; joint attention has a part for the words besides."

@@ -14,8 +14,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from .adapter_rows import _active, _carried_out, _obstacle, _plan, adapter_layers
-from .attention_rows import attention_rows
-from .architectures import border_of, row_groups, stack_prompts, stack_rows, take_rows
+from .attention_rows import attention_rows, self_attention
+from .architectures import border_of, check_conditions, row_groups, stack_rows
+from .architectures import take_rows
 from .clock import Clock
 from .prompts import PromptEmbeds
 from ..method.guidance import Guidance
@@ -30,9 +31,9 @@ def _check_branch(branch, rule, prompts, active: set, obstacle: str | None):
     if branch.adapted and (missing or not active):
         needs = f"the adapter {missing[0]!r}" if missing else "a subject"
         raise ValueError(
-            f"{rule!r} needs {needs}, but the UNet's active adapters are "
-            f"{sorted(active) or 'none'}: load the subject, or activate it with "
-            "pipe.set_adapters; for a subject that lives in its token alone pass tokens_only=True")
+            f"{rule!r} needs {needs}, but the denoiser's active adapters are {sorted(active) or 'none'}: "
+            "load the subject, or activate it with pipe.set_adapters; for a subject that lives in its token "
+            "alone pass tokens_only=True")
     if obstacle and branch.adapter != 1:
         raise ValueError(f"{rule!r} runs adapters at scale {branch.adapter}: {obstacle}")
 
@@ -56,24 +57,13 @@ def _check_finite(sizes, branches, rule, when: str):
         "the prediction for " + " and ".join(bad) if bad else f"what {rule!r} made of finite predictions"
     raise FloatingPointError(f"NaN or infinite values at {when}, in {where}")
 
-# %% ../../nbs/2_machine/06_denoiser.ipynb #c043d
-def _check_conditions(call, border, branches, rows: int, prompts):
-    """ValueError where a condition that depends on the prompt was made for one prompt and several would
-    share it."""
-    if len(branches) < 2: return
-    residual = call.get(border.of_one_prompt)
-    if isinstance(residual, (list, tuple)): residual = next(iter(residual), None)
-    if residual is not None and len(residual) == rows:
-        raise ValueError(
-            "the residuals of a ControlNet depend on the prompt, and these were "
-            f"made for one prompt: guided cannot give each of {len(branches)} "
-            "branches its own; use a T2I-Adapter, or stock guidance")
-    if "image_embeds" in border.conditions(call) and any(b.prompt == "null" for b in branches):
-        if "image_embeds" not in prompts["null"].added:
-            raise ValueError(
-                "the null prompt has no image: give prompts['null'] the "
-                "IP-Adapter's empty one, PromptEmbeds(hidden, pooled, "
-                "{'image_embeds': [...]}); SubjectPipeline does so by itself")
+# %% ../../nbs/2_machine/06_denoiser.ipynb #c043f
+def _check_attention(branch, rule, unet, border):
+    "ValueError where the attention of a branch can have no effect, or no layer has the name."
+    if branch.attention.kind not in border.attention:
+        raise ValueError(f"{rule!r} changes attention ({branch.attention.kind}) in one row: that has no "
+                         f"effect, or no place, in a {type(unet).__name__}")
+    self_attention(unet, branch.attention.layers)
 
 # %% ../../nbs/2_machine/06_denoiser.ipynb #c045
 class _Batch:
@@ -107,35 +97,76 @@ class _Batch:
     def arguments(self, group):
         "The denoiser's arguments for `group`: those of the call, repeated, with each branch's own prompt."
         rows, border, pieces = len(self.sample), self.border, [piece for _, piece in group]
-        names = [b.prompt for b, _ in group]
-        prompts, given = [self.prompts[name] for name in names], border.conditions(self.call)
-        added = {key: stack_rows([p.added.get(key, given[key]) for p in prompts], rows, self.sample, pieces)
-                 for key in {k for p in prompts for k in p.added}}
-        call = take_rows(self.call | {border.hidden: None}, pieces, rows)
-        call |= border.say(call, *self.embed(names, prompts, rows, pieces), added)
+        prompts, *told = self.embed([b.prompt for b, _ in group], rows, pieces)
+        given = border.conditions(self.call)
+        added = {key: stack_rows([p.added[key] if key in p.added else given[key] for p in prompts], rows,
+                                 self.sample, pieces) for key in {k for p in prompts for k in p.added}}
+        shared = {k: self.call[k] for k in border.shared if k in self.call}
+        call = take_rows({k: v for k, v in self.call.items() if k not in (*shared, border.hidden)}, pieces,
+                         rows) | shared
+        call = border.closed(call | border.say(call, *told, added))
         return (call.pop(border.sample),), call
 
-    def embed(self, names, prompts, rows, pieces):
-        "`stack_prompts`, made once, and again where a prompt was replaced."
+    def embed(self, names, rows, pieces):
+        "(prompts, fitted to one another; hidden; pooled), made once, and again where a prompt was replaced."
         key = *names, rows, *((s.start, s.stop) for s in pieces), self.sample.dtype, self.sample.device
-        known = self.embeds.get(key)
+        prompts, known = [self.prompts[name] for name in names], self.embeds.get(key)
         if known is None or any(a is not b for a, b in zip(known[0], prompts)):
-            known = self.embeds[key] = prompts, *stack_prompts(self.prompts, names, rows, self.sample, pieces)
+            fitted = self.border.fitted(prompts)
+            known = self.embeds[key] = prompts, fitted, *self.border.stack(
+                dict(zip(names, fitted)), names, rows, self.sample, pieces)
         return known[1:]
+
+# %% ../../nbs/2_machine/06_denoiser.ipynb #c045a
+class _Answers(_Batch):
+    """Some pipelines ask for each prompt in a call of its own. Under a rule the first call asks all branches;
+    the second, for the same pictures at the same time, is given the same answer, with no forward pass."""
+    known = answer = forward = None
+
+    def mark(self):
+        "What tells the two calls of a step from any other two."
+        return weakref.ref(self.sample), self.t, weakref.ref(self.call[self.border.hidden])
+
+    def answered(self, unet) -> bool:
+        "Whether this is a second call; then `answer` is set. What is known is known for one call."
+        if not self.border.asked_twice or getattr(unet, "_compiled_call_impl", None): return False
+        known, self.known, here = self.known, None, unet.forward is self.forward
+        if not here: self.take_over(unet)          # in force from the next call on
+        if known is None or not here: return False
+        (sample, t, hidden), answer = known
+        second = sample() is self.sample and t == self.t and hidden() is not self.call[self.border.hidden]
+        if second: self.answer = answer
+        return second
+
+    def take_over(self, unet):
+        "Put an answer that is known before the network's own `forward`."
+        inner = unet.forward
+        def forward(*args, **kwargs):
+            return inner(*args, **kwargs) if self.answer is None else self.answer
+        self.forward, self.inner, self.own = forward, inner, "forward" in vars(unet)
+        unet.forward = forward
+
+    def give_back(self, unet):
+        if vars(unet).get("forward") is not self.forward or self.forward is None: return
+        if self.own: unet.forward = self.inner     # as accelerate's hooks have it, or torch.compile
+        else: del unet.forward
 
 # %% ../../nbs/2_machine/06_denoiser.ipynb #c045b
 _innermost = weakref.WeakKeyDictionary()           # denoiser → the session in force, where `guided` is nested
 
-class _Session(_Batch):
+class _Session(_Answers):
     "The two hooks of `guided` and what they share."
     def __init__(self, unet, rule, prompts, scheduler, max_rows, on_step, tokens_only):
         super().__init__(unet, prompts, tokens_only)
         self.rule, self.max_rows, self.on_step = rule, max_rows, on_step
-        self.active, self.obstacle = _active(self.layers), _obstacle(self.layers)
+        self.active, self.obstacle = _active(self.layers), self.layers and (
+            _obstacle(self.layers) or self.border.obstacle(unet))
+        self.grid = None, None
         self.clock, self.undo, self.asking, self.pending = Clock(scheduler), ExitStack(), False, deque()
         for branch in rule.branches: self.check(branch)
 
     def check(self, branch):
+        if branch.attention: _check_attention(branch, self.rule, self.unet, self.border)
         if self.tokens_only and branch.prompt in self.prompts: return
         _check_branch(branch, self.rule, self.prompts, self.active, self.obstacle)
 
@@ -143,13 +174,14 @@ class _Session(_Batch):
         "Forward pre-hook: one row for each branch of each picture, in place of one for each picture."
         if self.asking or _innermost.get(unet) is not self: return None
         self.undo.close()                          # the call before this one may have been interrupted
-        self.call = dict(zip(self.names, args)) | kwargs
+        self.call = self.border.opened(dict(zip(self.names, args)) | kwargs)
         self.sample = self.call[self.border.sample]
         self.read()                                # what has come of the steps before
-        self.i, self.n, self.t = self.clock.step(self.call["timestep"], self.sample.shape)
+        self.i, self.n, self.t = self.clock.step(self.border.time(self.call, unet), self.sample.shape)
+        if self.answered(unet): return None
         self.branches, self.combine = self.rule.step(self.i, self.n, self.clock.memory)
         for branch in self.branches: self.check(branch)
-        _check_conditions(self.call, self.border, dict.fromkeys(self.rule.branches), len(self.sample),
+        check_conditions(self.call, self.border, dict.fromkeys(self.rule.branches), len(self.sample),
                           self.prompts)
         self.groups = row_groups(tuple(dict.fromkeys(self.branches)), len(self.sample), self.max_rows)
         self.undo.enter_context(self.scaled(self.groups[0]))
@@ -159,31 +191,43 @@ class _Session(_Batch):
         "Forward hook: the rule's combination, in place of the branches' predictions."
         if self.asking or _innermost.get(unet) is not self: return None
         self.undo.close()
-        if output is None: return None             # the forward pass failed; its error goes its way
+        if output is None or self.answer is not None:    # the forward pass failed; its error goes its way
+            self.answer = self.call = self.sample = None
+            return None
         predictions = self.predictions(unet, output[0])
-        combined = self.combine(*(predictions[b] for b in self.branches)).to(output[0].dtype)
+        specific = predictions[self.branches[-1]]
+        combined = self.combine(*(predictions[b] for b in self.branches)).to(specific.dtype)
         when = f"step {self.i} of {self.n} (t = {self.t:g})"
         self.pending.append((*_largest(combined, self.sample, predictions), when))
         if self.on_step:
             named = {(b.prompt, b.adapter, *([b.attention] if b.attention else [])): p for b,
                      p in predictions.items()}
             self.on_step(self.i, self.n, self.t, named, combined)
-        self.call = self.sample = None             # nothing is kept alive between steps
-        return (combined, *output[1:]) if isinstance(output, tuple) else type(output)(sample=combined)
+        result = self.border.handed(combined, specific, output[0], self.layout())
+        result = (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
+        if self.border.asked_twice: self.known = self.mark(), result
+        self.call = self.sample = None             # nothing large is kept alive between steps
+        return result
 
     def predictions(self, unet, first) -> dict:
         "Branch → prediction, from the rows that came and those that must still be asked for."
-        # a compiled call may give its memory to the next one
-        rows = first if len(self.groups) == 1 else torch.cat([first.clone(),
-            *(self.ask(unet, g) for g in self.groups[1:])])
+        rows = self.border.picture(first, self.layout())
+        if len(self.groups) > 1:                   # a compiled call may give its memory to the next one
+            rows = torch.cat([rows.clone(), *(self.ask(unet, g) for g in self.groups[1:])])
         return dict(zip(dict.fromkeys(self.branches), rows.split(len(self.sample))))
+
+    def layout(self):
+        "The border's, read once in a run: it may lie on a GPU."
+        if self.grid[0] is not self.clock.memory: self.grid = self.clock.memory, self.border.layout(self.call)
+        return self.grid[1]
 
     def ask(self, unet, group):
         "The predictions of `group`, in a call of their own."
         self.asking = True                         # the hooks let this call pass
         try:
             args, kwargs = self.arguments(group)
-            with self.scaled(group): return unet(*args, **kwargs)[0].clone()
+            with self.scaled(group): output = unet(*args, **kwargs)[0]
+            return self.border.picture(output, self.layout()).clone()
         finally: self.asking = False
 
     def read(self, wait=False):
@@ -249,5 +293,6 @@ def guided(unet,                      # a diffusers denoiser, e.g. pipe.unet or 
     finally:
         for hook in hooks: hook.remove()
         session.undo.close()
+        session.give_back(unet)
         if outer is None: del _innermost[unet]
         else: _innermost[unet] = outer

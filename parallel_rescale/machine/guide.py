@@ -7,7 +7,7 @@ __all__ = ['subjects_of', 'subject_of', 'load_subject', 'unload_subject', 'reads
            'named_texts', 'encode_named', 'check_subject', 'guide']
 
 # %% ../../nbs/2_machine/09_guide.ipynb #i000
-import warnings, weakref
+import inspect, warnings, weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from .adapter_rows import adapter_layers, adapter_rows
-from .architectures import denoiser_of
+from .architectures import border_of, denoiser_of
 from .denoiser import guided
-from .prompts import PromptEmbeds, base_prompt as filled, derive_base, encode_prompt
+from .prompts import PromptEmbeds, base_prompt as filled, derive_base
 from .record import recorder
 from .saved_subject import LORA_FILE, Subject, check_base, check_torchao, load_tokens
 from .saved_subject import pool_at_eos
@@ -176,10 +176,11 @@ def encode_named(pipe, rule, own: Mapping, texts: Mapping, **options) -> dict[st
     prompt and negative prompt, `texts` come from `named_texts`."""
     encoders = [getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3")]
     adapted = [e for e in encoders if e is not None and adapter_layers(e)]
+    border = border_of(denoiser_of(pipe))
     def encode(on, null=False, **text):
         with ExitStack() as off:
             for e in [] if on else adapted: off.enter_context(adapter_rows(e, 0))
-            return encode_prompt(pipe, null=null, **text, **options)
+            return border.encode(pipe, null=null, **text, **options)
     subject, null = encode(True, True, **own)
     if adapted and not reads_adapted(rule, "null"): null = encode(False, True, **own)[1]
     return {"null": null, "subject": subject} | {
@@ -206,7 +207,7 @@ def check_subject(pipe, rule, prompt) -> bool:
 
 # %% ../../nbs/2_machine/09_guide.ipynb #a006
 @contextmanager
-def guide(pipe,                       # any diffusers pipeline whose denoiser has a border: SDXL, SD 1.5, SD3
+def guide(pipe,                       # any diffusers pipeline whose denoiser has a border
           rule: Guidance,
           prompt,                     # a text or a list of texts, with the subject's token or `{subject}`
           *,
@@ -222,13 +223,12 @@ def guide(pipe,                       # any diffusers pipeline whose denoiser ha
     own = dict(prompt=prompt, negative_prompt=negative_prompt)
     embeds = encode_named(pipe, rule, own, named_texts(pipe, rule, prompt, base_prompt, prompts),
                           num_images_per_prompt=n, **encoding)
-    subject = embeds["subject"]
-    said = dict(prompt_embeds=subject.hidden[::n]) | (
-        {} if subject.pooled is None else dict(pooled_prompt_embeds=subject.pooled[::n]))
+    model, takes = denoiser_of(pipe), inspect.signature(pipe.__call__).parameters
+    border = border_of(model)
+    own = {k: v for k, v in border.unguided(model).items() if k in takes} | dict(num_images_per_prompt=n)
     def generate(**arguments):
-        if idle := arguments.keys() & {"prompt", "negative_prompt", "guidance_scale",
-                                       "num_images_per_prompt"}:
+        if idle := arguments.keys() & {"prompt", "negative_prompt", *own}:
             raise ValueError(f"{min(idle)}: belongs to guide(…), or to the rule")
-        return pipe(**said, **arguments, guidance_scale=1.0, num_images_per_prompt=n)
-    with guided(denoiser_of(pipe), rule, embeds, scheduler=pipe.scheduler, max_rows=max_rows, on_step=on_step,
+        return pipe(**border.told(embeds["subject"], n), **arguments, **own)
+    with guided(model, rule, embeds, scheduler=pipe.scheduler, max_rows=max_rows, on_step=on_step,
                 tokens_only=tokens_only): yield generate
