@@ -29,6 +29,7 @@ _PUBLIC = {  # module -> the names it gives to the top level
     "machine.record": ["Record"],
     "machine.pipeline": ["SubjectPipeline"],
     "machine.saved_subject": ["Subject"],
+    "machine.universal": ["universal"],
     "subject.references": ["load_references"],
     "subject.backgrounds": ["reference_table"],
     "subject.finetuning": ["finetune"],
