@@ -728,7 +728,7 @@ def test_the_output_of_others_is_safe(references, tmp_path):
 def test_recommended_goes_by_size(monkeypatch):
     assert recommended()["beta"] == 100 and recommended()["rank"] == 8
     sdxl = dict(sample_size=128, block_out_channels=[320, 640, 1280], addition_embed_type="text_time")
-    monkeypatch.setattr("parallel_rescale.subject.defaults.unet_config", lambda base, revision=None: sdxl)
+    monkeypatch.setattr("parallel_rescale.subject.defaults.denoiser_config", lambda base, revision=None: sdxl)
     large = recommended("stabilityai/stable-diffusion-xl-base-1.0")
     assert (large["beta"], large["rank"], large["learning_rate"], large["max_train_steps"], large["train_batch_size"]) == (1000, 32, 5e-5, 1000, 1)
 

@@ -22,6 +22,7 @@ from .record import recorder
 from .saved_subject import LORA_FILE, Subject, check_base, check_torchao, load_tokens
 from .saved_subject import pool_at_eos
 from ..method.guidance import Guidance
+from ..tools.util import quietly
 
 # %% ../../nbs/2_machine/09_guide.ipynb #a003
 _LOADED = weakref.WeakKeyDictionary()       # denoiser → (adapter name → Subject, adapter name → its words)
@@ -58,15 +59,8 @@ def _check_tokens(pipe, subject, tokens, *rows):
 
 # %% ../../nbs/2_machine/09_guide.ipynb #c022a2
 def _load_lora(pipe, folder, name):
-    "As `pipe.load_lora_weights`, which warns about the text encoders where a file holds nothing for them."
-    state, alphas, metadata = pipe.lora_state_dict(folder, weight_name=LORA_FILE,
-                                                   unet_config=pipe.unet.config,
-                                                   return_lora_metadata=True)
-    if any(k.startswith("text_encoder") for k in state):
-        return pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
-    pipe.load_lora_into_unet(state, network_alphas=alphas, unet=pipe.unet, adapter_name=name,
-                             metadata=metadata,
-                             _pipeline=pipe)
+    "As `pipe.load_lora_weights`, without its remark that a file holds nothing for the text encoders."
+    with quietly(): pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
 
 # %% ../../nbs/2_machine/09_guide.ipynb #c022b
 def _load_words(pipe, tokens, *rows) -> list[str]:
@@ -81,23 +75,23 @@ def _load_words(pipe, tokens, *rows) -> list[str]:
 
 # %% ../../nbs/2_machine/09_guide.ipynb #c022ba1
 def load_subject(pipe, folder, name: str = "subject"):
-    """Load a saved subject into an SDXL pipeline of any kind: its LoRA as adapter `name`, its learned tokens
-    into both text encoders. Returns the pipeline.
+    """Load a saved subject into a pipeline of any kind: its LoRA as adapter `name`, its learned tokens
+    (SDXL) into both text encoders. Returns the pipeline.
 
     A subject loaded before under this name is replaced; other adapters stay active beside it. ValueError
     where the subject was made for another kind of model, or its token or the adapter's name is taken."""
-    subject, (subjects, words) = Subject.load(folder), _loaded(pipe)
+    subject, (subjects, words), model = Subject.load(folder), _loaded(pipe), denoiser_of(pipe)
     has_lora = (Path(subject.folder) / LORA_FILE).is_file()
     if has_lora: check_torchao()
-    check_base(subject, pipe.unet, str(pipe.config.get("_name_or_path") or "this model"))
+    check_base(subject, model, str(pipe.config.get("_name_or_path") or "this model"))
     if name in subjects: unload_subject(pipe, name)
-    others = list(pipe.unet.active_adapters()) if getattr(pipe.unet, "peft_config", None) else []
-    if name in getattr(pipe.unet, "peft_config", {}):
+    others = list(model.active_adapters()) if getattr(model, "peft_config", None) else []
+    if name in getattr(model, "peft_config", {}):
         raise ValueError(f"load_subject: the pipeline has an adapter {name!r} of another origin; pass name=")
     if learned := load_tokens(subject.folder): _check_tokens(pipe, subject, *learned)
     if has_lora:
         _load_lora(pipe, subject.folder, name)
-        if others: pipe.unet.set_adapter([*others, name])
+        if others: model.set_adapter([*others, name])
     if learned: words[name] = _load_words(pipe, *learned)
     subjects[name] = subject
     return pipe
@@ -105,13 +99,13 @@ def load_subject(pipe, folder, name: str = "subject"):
 # %% ../../nbs/2_machine/09_guide.ipynb #c023
 def unload_subject(pipe, name: str | None = None):
     "Take the adapter and tokens of a subject out again (None: of every subject). Returns the pipeline."
-    subjects, words = _loaded(pipe)
+    (subjects, words), model = _loaded(pipe), denoiser_of(pipe)
     if name is not None and name not in subjects:
         raise ValueError(f"unload_subject: no subject {name!r}; loaded are {sorted(subjects)}")
     for name in [name] if name else list(subjects):
         del subjects[name]
-        if name in getattr(pipe.unet, "peft_config", {}):
-            if len(pipe.unet.peft_config) > 1: pipe.delete_adapters(name)
+        if name in getattr(model, "peft_config", {}):
+            if len(model.peft_config) > 1: pipe.delete_adapters(name)
             else: pipe.unload_lora_weights()
         if own := words.pop(name, None):
             for encoder, tokenizer in _encoders(pipe): pipe.unload_textual_inversion(own, tokenizer, encoder)

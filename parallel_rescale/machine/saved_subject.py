@@ -18,22 +18,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..tools.embedded import TINY_SDXL
+from ..tools.util import PACKAGE
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c010
 _SIZES = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
           "transformer_layers_per_block", "addition_embed_type", "projection_class_embeddings_input_dim")
+_OF_TRANSFORMERS = ("in_channels", "num_layers", "num_single_layers", "num_attention_heads", "n_layers",
+                    "dim", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim",
+                    "cap_feat_dim")
 
-def base_signature(unet) -> dict:
-    "The sizes of a UNet that decide whether an adapter fits it, as JSON-ready values."
-    return json.loads(json.dumps({name: unet.config.get(name) for name in _SIZES}))
+def base_signature(model) -> dict:
+    "The sizes of a UNet or transformer that decide whether an adapter fits it, as JSON-ready values."
+    names = _SIZES if "block_out_channels" in model.config else _OF_TRANSFORMERS
+    return json.loads(json.dumps({name: model.config[name] for name in names if name in model.config}))
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c010a1
-def check_base(subject: "Subject", unet, name: str) -> None:
-    """ValueError, naming both models, where `subject` was made for another kind of UNet than `unet` of
-    the model `name`."""
-    here = base_signature(unet)
-    differs = [f"{k} is {v} there and {here[k]} here"
-               for k, v in subject.signature.items() if here.get(k, v) != v]
+def check_base(subject: "Subject", model, name: str) -> None:
+    """ValueError, naming both models, where `subject` was made for another kind of denoiser than `model`,
+    that of the model `name`."""
+    here = base_signature(model)
+    differs = [f"{k} is {v} there and {here.get(k)} here"
+               for k, v in subject.signature.items() if here.get(k) != v]
     if differs:
         raise ValueError(f"the subject in {subject.folder} was made for {subject.base}, which does not fit "
                          f"{name}: {'; '.join(differs)}")
@@ -71,22 +76,25 @@ def _adapter_settings(config) -> dict:
             if k in _ALWAYS or v != usual.get(k)}
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c012b
-def save_adapter(unet,                      # a UNet with a LoRA adapter
+def save_adapter(model,                     # a UNet or transformer with a LoRA adapter
                  folder,                    # made if it does not exist
                  adapter: str = "default",  # which one
                 ) -> Path:
-    """Write a UNet's LoRA adapter, with its configuration, as `pytorch_lora_weights.safetensors`; the
+    """Write a denoiser's LoRA adapter, with its configuration, as `pytorch_lora_weights.safetensors`; the
     file's path."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
     from peft import get_peft_model_state_dict
-    known = getattr(unet, "peft_config", {})
+    known = getattr(model, "peft_config", {})
     if adapter not in known:
-        raise ValueError(f"adapter={adapter!r}: the UNet has {sorted(known) or 'no adapter'}")
-    weights = get_peft_model_state_dict(unet, adapter_name=adapter)
+        raise ValueError(f"adapter={adapter!r}: the model has {sorted(known) or 'no adapter'}")
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
     weights = {k: v.detach().to("cpu").contiguous() for k, v in weights.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights,
-                                                unet_lora_adapter_metadata=_adapter_settings(known[adapter]))
+    # all pipelines with a transformer write as SD3's does
+    part, pipeline = ("unet", StableDiffusionXLPipeline) if "block_out_channels" in model.config else (
+        "transformer", StableDiffusion3Pipeline)
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": weights,
+                                          f"{part}_lora_adapter_metadata": _adapter_settings(known[adapter])})
     return share(Path(folder) / LORA_FILE)
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c014
@@ -223,49 +231,9 @@ def _fields(subject, base, pictures):
                  widget=[dict(text=subject.prompt, output=dict(url=p)) for p in pictures])
     return "\n".join(f"{k}: {json.dumps(v)}" for k, v in known.items() if v and v != _TINY)
 
-_CARD = """---
-{fields}
----
-
-# {token}
-
-A {noun} that `{base}` was taught to draw. Write `{token}` in a prompt for it, `{noun}` for its class.
-
-{pictures}
-
-```python
-{vae_import}import torch
-from parallel_rescale import ParallelRescale, Subject, SubjectPipeline
-
-subject = Subject.load(".")
-{vae}pipe = SubjectPipeline.from_pretrained(subject.base{options}).load_subject(subject.folder)
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-pipe("a watercolor painting of a {token}", guidance=ParallelRescale()).images[0]
-```
-
-With diffusers alone:
-
-```python
-import json
-from diffusers import {classes}
-from safetensors import safe_open{embedded}
-
-{vae}pipe = StableDiffusionXLPipeline.from_pretrained({place}{options})
-pipe.load_lora_weights(".", weight_name="{lora_file}")
-with safe_open("{tokens_file}", "pt") as f:  # only where the folder has this file
-    tokens = json.loads(f.metadata()["tokens"])
-    token = tokens[0] if len(tokens) == 1 else tokens
-    for key, encoder, tokenizer in (("clip_l", pipe.text_encoder, pipe.tokenizer),
-                                    ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2)):
-        pipe.load_textual_inversion(f.get_tensor(key), token=token, text_encoder=encoder, tokenizer=tokenizer)
-    for layer in pipe.text_encoder_2.modules():  # a prompt ends where it ends, not at the new word
-        if getattr(layer, "eos_token_id", None) == 2: layer.eos_token_id = pipe.tokenizer_2.eos_token_id
-```
-
-| setting | value |
-| --- | --- |
-{rows}
-"""
+def _made_for(subject) -> str:
+    "The kind of denoiser that a subject was made for; older notes are SDXL's."
+    return "unet" if "block_out_channels" in subject.signature or not subject.signature else "transformer"
 
 # %% ../../nbs/2_machine/07_saved_subject.ipynb #c023b
 def model_card(subject: Subject, pictures=()) -> str:
@@ -274,14 +242,17 @@ def model_card(subject: Subject, pictures=()) -> str:
     base = _TINY if ours else subject.base
     given = subject.base_options | ({"vae": None} if vae else {})
     options = "".join(f", {k}={json.dumps(v) if v else k}" for k, v in given.items())
-    return _CARD.format(
+    pipeline = dict(unet="StableDiffusionXLPipeline", transformer="DiffusionPipeline")[_made_for(subject)]
+    # what loads a subject depends on what it was made for
+    card = PACKAGE / "data" / "cards" / f"{_made_for(subject)}.md"
+    return card.read_text(encoding="utf-8").format(
         fields=_fields(subject, base, pictures), token=subject.token, noun=subject.class_noun, base=base,
         options=options, lora_file=LORA_FILE, tokens_file=TOKENS_FILE,
         place="TINY_SDXL" if ours else f'"{base}"',
         embedded="\nfrom parallel_rescale import TINY_SDXL  # where the embedded model lies" * ours,
         vae=f"vae = AutoencoderKL.from_pretrained({json.dumps(vae)})\n" * bool(vae),
         vae_import="from diffusers import AutoencoderKL\n" * bool(vae),
-        classes="AutoencoderKL, StableDiffusionXLPipeline" if vae else "StableDiffusionXLPipeline",
+        classes=f"AutoencoderKL, {pipeline}" if vae else pipeline,
         pictures="\n".join(f"![{subject.prompt}]({p})" for p in pictures),
         rows="\n".join(f"| {k} | `{v}` |" for k, v in {**subject.settings, **subject.versions}.items()))
 

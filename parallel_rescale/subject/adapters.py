@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'ATTENTION', 'EVERYTHING', 'check_revision', 'unet_config', 'check_vae', 'vae_config', 'load_parts',
-           'check_weights', 'load_base', 'in_float32', 'encode', 'decode', 'check_spelling', 'check_token',
-           'check_words', 'begin_as', 'add_token', 'to_device', 'embed', 'rows_of', 'mean_norm', 'rescale_row',
-           'add_lora', 'flatten', 'load_adapter']
+           'check_weights', 'load_base', 'in_float32', 'encode', 'decode', 'check_one_word', 'check_spelling',
+           'check_token', 'check_words', 'begin_as', 'add_token', 'to_device', 'embed', 'rows_of', 'mean_norm',
+           'rescale_row', 'add_lora', 'flatten', 'load_adapter']
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c003
-import copy, warnings
+import copy, functools, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from ..machine.architectures import denoiser_of
 from ..machine.prompts import PromptEmbeds
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c008
@@ -66,23 +67,24 @@ def vae_config(base, revision=None, vae=None):
 # %% ../../nbs/3_subject/03_adapters.ipynb #c010
 DTYPES = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
-def load_parts(base, mixed_precision='no', variant=None, revision=None, vae=None):
-    """The base model as diffusers loads it, in the computing precision; the VAE, its own or another one,
-    in float32."""
+def load_parts(base, mixed_precision='no', variant=None, revision=None, vae=None,
+               kind=StableDiffusionXLPipeline):
+    """The base model as diffusers' pipeline `kind` loads it, in the computing precision; the VAE, its own
+    or another one, in float32."""
     parts = {} if vae is None else dict(vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32))
+    if kind is StableDiffusionXLPipeline: parts['add_watermarker'] = False
     try:
-        return StableDiffusionXLPipeline.from_pretrained(
-            base, variant=variant, revision=revision, add_watermarker=False, **parts,
-            torch_dtype=dict(default=DTYPES[mixed_precision], vae=torch.float32))
+        return kind.from_pretrained(base, variant=variant, revision=revision, **parts,
+                                    torch_dtype=dict(default=DTYPES[mixed_precision], vae=torch.float32))
     except ValueError as error:
         if variant is None or 'variant' not in str(error): raise
         raise ValueError(f"variant={variant!r}: base={str(base)!r} has no files of that variant") from None
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c010b
-def check_weights(base, unet):
-    "ValueError where a UNet has weights that are not finite, naming the first."
-    broken = next((name for name, p in unet.named_parameters() if not p.isfinite().all()), None)
-    if broken: raise ValueError(f"base={str(base)!r}: NaN or infinite numbers in the UNet's {broken}")
+def check_weights(base, model):
+    "ValueError where a denoiser has weights that are not finite, naming the first."
+    broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if broken: raise ValueError(f"base={str(base)!r}: NaN or infinite numbers in the denoiser's {broken}")
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c010d
 def load_base(
@@ -92,19 +94,20 @@ def load_base(
     variant=None,            # of the files: 'fp16' halves the download
     revision=None,           # of a Hub model
     vae=None,                # another VAE than the base's own, a folder or a Hub name
+    kind=StableDiffusionXLPipeline,    # diffusers' pipeline for it
 ):
     """The base model as a stock pipeline, frozen, in the computing precision; the VAE stays in float32
     (SDXL's overflows in fp16)."""
     with warnings.catch_warnings():
         # diffusers' old name for it, the only one that all versions know
         warnings.filterwarnings('ignore', '.*torch_dtype', FutureWarning)
-        pipe = load_parts(base, mixed_precision, variant, revision, vae)
+        pipe = load_parts(base, mixed_precision, variant, revision, vae, kind)
     pipe.set_progress_bar_config(disable=True)
     # one picture at a time, 3 GiB each at 1024², and no more for larger ones
-    if pipe.default_sample_size > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False).eval()
-    check_weights(base, pipe.unet)
+    if getattr(pipe, 'default_sample_size', 128) > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module): part.requires_grad_(False).eval()
+    check_weights(base, denoiser_of(pipe))
     return pipe.to(device)
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c102
@@ -142,13 +145,17 @@ def decode(vae, latents):
     return pictures.clamp(-1, 1)
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c015
-def check_spelling(tokenizer, token):
-    "ValueError where `token` is no single word, or a word that the tokenizer knows already."
+def check_one_word(token):
+    "ValueError where `token` is no single word."
     if not isinstance(token, str) or not token.strip():
         raise ValueError(f"token={token!r}: expected a word such as '<dog>'")
     if token.split() != [token]:
         raise ValueError(f"token={token!r}: has a space in it; expected one word such as "
                          f"'<{token.split()[-1].strip('<>')}>'")
+
+def check_spelling(tokenizer, token):
+    "ValueError where `token` is no single word, or a word that the tokenizer knows already."
+    check_one_word(token)
     if token in tokenizer.get_vocab():
         raise ValueError(f"token={token!r}: is in the tokenizer's vocabulary already, and learning it "
                          f"would change what the model knows; take a new word such as "
@@ -212,6 +219,7 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c022b
+@functools.singledispatch
 def embed(pipe, prompts):
     """Prompts as SDXL conditions on them, as `StableDiffusionXLPipeline.encode_prompt` gives them, and
     with gradients."""
@@ -226,8 +234,12 @@ def embed(pipe, prompts):
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c023
 def rows_of(embeds, index):
-    "The rows `index` of prompt embeddings."
-    return PromptEmbeds(embeds.hidden[index], embeds.pooled[index])
+    "The rows `index` of prompt embeddings, whose parts may also be lists of a tensor each, or None."
+    def rows(part):
+        if part is None: return None
+        if torch.is_tensor(part): return part[index]
+        return [part[i] for i in (index.tolist() if torch.is_tensor(index) else index)]
+    return PromptEmbeds(rows(embeds.hidden), rows(embeds.pooled))
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c028
 def mean_norm(table):
@@ -275,7 +287,8 @@ def flatten(params):
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c043
 def load_adapter(unet, file):
-    "Put a LoRA saved by `save_adapter` back into a UNet that has one already, to the last bit."
-    state = convert_unet_state_dict_to_peft({k.removeprefix('unet.'): v for k, v in load_file(file).items()})
+    "Put a LoRA saved by `save_adapter` back into a denoiser that has one already, to the last bit."
+    # the first word of a name is the pipeline's name for the denoiser
+    state = convert_unet_state_dict_to_peft({k.partition('.')[2]: v for k, v in load_file(file).items()})
     left = set_peft_model_state_dict(unet, state).unexpected_keys
-    if left: raise ValueError(f"{file}: the LoRA does not fit this UNet: there is no place for {left[0]}")
+    if left: raise ValueError(f"{file}: the LoRA does not fit this denoiser: there is no place for {left[0]}")

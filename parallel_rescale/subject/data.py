@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANDOM_CROPS', 'crop_squares', 'picture_name', 'encode_images', 'sample_latents', 'cache_pictures', 'random_choices',
-           'make_batch']
+           'noise_levels', 'noised', 'make_batch']
 
 # %% ../../nbs/3_subject/08_data.ipynb #i000
+import functools
 from types import SimpleNamespace
 
 import numpy as np, torch
@@ -64,23 +65,35 @@ def cache_pictures(pipe, references, resolution, crop, seed, kind='picture'):
 # %% ../../nbs/3_subject/08_data.ipynb #c031
 def random_choices(n_pictures, shape, n, timesteps, *seed):
     """The random choices of a step, for `n` samples: picture, timestep and two noises. They depend on the
-    numbers `seed` alone."""
+    numbers `seed` alone. `timesteps`: how many there are, or what draws them, see `noise_levels`."""
     g = step_generator(*seed)
-    which, t = torch.randint(n_pictures, (n,), generator=g), torch.randint(timesteps, (n,), generator=g)
+    which = torch.randint(n_pictures, (n,), generator=g)
+    t = timesteps(n, g) if callable(timesteps) else torch.randint(timesteps, (n,), generator=g)
     return which, t, torch.randn(n, *shape, generator=g), torch.randn(n, *shape, generator=g)
 
-# %% ../../nbs/3_subject/08_data.ipynb #c032
-def make_batch(data, vae_config, scheduler, n, seed, rows=slice(None), device='cpu'):
-    """The noisy latents of a step, all `n` samples or the `rows` of them: a namespace of x_t, t,
-    snr (ᾱ/(1−ᾱ) at t), target, time_ids, source, and `numbers`, the source as whole numbers, which
-    nobody has to fetch from the device."""
-    choices = random_choices(len(data.moments), data.moments.shape[2:], n,
-                             scheduler.config.num_train_timesteps, *seed)
-    which, t, eps_vae, noise = (v[rows] for v in choices)
-    clean = sample_latents(data.moments[which], eps_vae, vae_config)
+# %% ../../nbs/3_subject/08_data.ipynb #c031c
+@functools.singledispatch
+def noise_levels(scheduler, density=None):
+    "How many timesteps there are, all drawn as often; `density` is for [flows](14_flow_matching.ipynb)."
+    return scheduler.config.num_train_timesteps
+
+@functools.singledispatch
+def noised(scheduler, clean, noise, t):
+    """Clean latents with noise at timesteps t: a dict of x_t, t, snr (ᾱ/(1−ᾱ) at t), and target, which the
+    network has to predict."""
     velocity = scheduler.config.prediction_type == 'v_prediction'
     target = scheduler.get_velocity(clean, noise, t) if velocity else noise
-    alpha, source = scheduler.alphas_cumprod[t], data.source[which]
-    batch = dict(x_t=scheduler.add_noise(clean, noise, t), t=t, snr=alpha / (1 - alpha), target=target,
-                 time_ids=data.time_ids[which], source=source)
+    alpha = scheduler.alphas_cumprod[t]
+    return dict(x_t=scheduler.add_noise(clean, noise, t), t=t, snr=alpha / (1 - alpha), target=target)
+
+# %% ../../nbs/3_subject/08_data.ipynb #c032
+def make_batch(data, vae_config, scheduler, n, seed, rows=slice(None), device='cpu', density=None):
+    """The noisy latents of a step, all `n` samples or the `rows` of them: a namespace of what `noised`
+    gives, of time_ids, source, and `numbers`, the source as whole numbers, which nobody has to fetch from
+    the device."""
+    choices = random_choices(len(data.moments), data.moments.shape[2:], n, noise_levels(scheduler, density),
+                             *seed)
+    which, t, eps_vae, noise = (v[rows] for v in choices)
+    clean, source = sample_latents(data.moments[which], eps_vae, vae_config), data.source[which]
+    batch = noised(scheduler, clean, noise, t) | dict(time_ids=data.time_ids[which], source=source)
     return SimpleNamespace(**{k: to_device(v, device) for k, v in batch.items()}, numbers=source.tolist())

@@ -15,16 +15,18 @@ from pathlib import Path
 import torch
 from diffusers.optimization import SchedulerType
 
-from .adapters import ATTENTION, EVERYTHING, unet_config, vae_config
+from .adapters import ATTENTION, EVERYTHING, vae_config
+from .flow_matching import check_flow, denoiser_config, flow_defaults, width_of
 from .settings import Settings
 from ..machine.saved_subject import check_torchao
 from ..tools.embedded import TINY_SDXL
 from ..tools.util import check_name
 
 # %% ../../nbs/3_subject/07_defaults.ipynb #c018
-def is_small(unet_config):
-    "Whether a UNet is of the embedded model's kind, told by its size alone."
-    return max(unet_config['block_out_channels']) < 320 or unet_config['sample_size'] <= 32
+def is_small(config):
+    "Whether a denoiser is of the embedded model's kind, told by its size alone."
+    if 'block_out_channels' not in config: return width_of(config) < 512          # a transformer
+    return max(config['block_out_channels']) < 320 or config['sample_size'] <= 32
 
 # %% ../../nbs/3_subject/07_defaults.ipynb #c019
 def half_precision():
@@ -37,17 +39,19 @@ def half_precision():
 def recommended(base=TINY_SDXL, revision=None):
     """What `finetune` takes for arguments left None, by the size of the base model; for SDXL these are
     the DCO authors' values."""
-    small = is_small(unet_config(base, revision))
+    config = denoiser_config(base, revision)
+    small = is_small(config)
     sized = {f.name: f.metadata['sized'][0 if small else 1] for f in fields(Settings)
              if 'sized' in f.metadata}
     return sized | dict(target_modules=EVERYTHING if small else ATTENTION,
-                        mixed_precision='no' if small else half_precision())
+                        mixed_precision='no' if small else half_precision()) | flow_defaults(config, small)
 
 # %% ../../nbs/3_subject/07_defaults.ipynb #c022
 def native_resolution(base, config=None, revision=None):
     "The side in pixels of the pictures a base model was made for."
     levels = len(vae_config(base, revision)['block_out_channels'])
-    return (config or unet_config(base, revision))['sample_size'] * 2 ** (levels - 1)
+    latents = (config or denoiser_config(base, revision)).get('sample_size', 128)       # some do not say
+    return latents * 2 ** (levels - 1)
 
 # %% ../../nbs/3_subject/07_defaults.ipynb #c055
 def expected_of(value, facts):
@@ -91,7 +95,8 @@ def check_loss(s):
         raise ValueError("snr_gamma: weights the dreambooth loss; DCO compares with the base model instead")
     if s.loss == 'dco' and s.prior_loss_weight:
         raise ValueError("prior_loss_weight: belongs to the dreambooth loss; DCO keeps the prior by itself")
-    if s.prior_loss_weight and not s.train_text_encoder_ti:
+    # (the text encoders of a flow-matching model read the token in pieces)
+    if s.prior_loss_weight and not s.train_text_encoder_ti and not s.timestep_density:
         warnings.warn(f"prior_loss_weight: {s.token} begins as the word {s.class_noun!r} and is not "
                       f"trained, so one prompt asks for the subject and for its class; "
                       f"train_text_encoder_ti=True tells them apart")
@@ -144,7 +149,7 @@ def check_unused(s):
 # %% ../../nbs/3_subject/07_defaults.ipynb #c057b
 def resolve(s):
     "`Settings` with the recommended value for each that is None, paths as texts, checked."
-    config = unet_config(s.base, s.revision)
+    config = denoiser_config(s.base, s.revision)
     check_unused(s)
     new = {k: v for k, v in recommended(s.base, s.revision).items() if getattr(s, k) is None}
     if s.loss == 'dreambooth': new['beta'] = None
@@ -153,6 +158,6 @@ def resolve(s):
     if isinstance(s.validation_prompt, str): new['validation_prompt'] = [s.validation_prompt]
     s = replace(s, **new, **{k: str(v) for k, v in vars(s).items() if isinstance(v, Path)})
     s = replace(s, target_modules=list(s.target_modules))
-    vae_config(s.base, s.revision, s.vae)                                    # does it fit?
+    check_flow(s, config, vae_config(s.base, s.revision, s.vae))             # does the VAE fit?
     check_settings(s)
     return s

@@ -6,6 +6,8 @@
 __all__ = ['mse', 'dreambooth_loss', 'dco_loss', 'predict', 'theta_and_phi', 'min_snr_weight']
 
 # %% ../../nbs/3_subject/06_losses.ipynb #i000
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +37,7 @@ def dco_loss(
     return -F.logsigmoid(-beta * (mse_model - mse_reference)).mean()
 
 # %% ../../nbs/3_subject/06_losses.ipynb #c035
+@functools.singledispatch
 def predict(unet, x_t, t, text, time_ids):
     "A UNet's prediction [B, C, h, w] with its adapters as they stand, in float32."
     added = dict(text_embeds=text.pooled, time_ids=time_ids)
@@ -48,7 +51,7 @@ def theta_and_phi(unet, batch, subject, base, batched=False):
         with torch.no_grad(), adapter_rows(unet, 0.0):
             phi = predict(unet, batch.x_t, batch.t, base, batch.time_ids)
         return predict(unet, batch.x_t, batch.t, subject, batch.time_ids), phi
-    twice = lambda a, b: torch.cat([a, b])
+    twice = lambda a, b: a + b if isinstance(a, list) else None if a is None else torch.cat([a, b])
     both = PromptEmbeds(twice(subject.hidden, base.hidden), twice(subject.pooled, base.pooled))
     with adapter_rows(unet, [1.0] * len(batch.t) + [0.0] * len(batch.t), batch.x_t):
         theta, phi = predict(unet, twice(batch.x_t, batch.x_t), twice(batch.t, batch.t), both,
@@ -59,8 +62,9 @@ def theta_and_phi(unet, batch, subject, base, batched=False):
 def min_snr_weight(
     snr,                           # [B] signal-to-noise ratio ᾱ/(1−ᾱ) of each sample's timestep
     gamma=5.0,                     # ratios above γ count as γ
-    prediction_type='epsilon',     # or 'v_prediction'
+    prediction_type='epsilon',     # or 'v_prediction', or 'flow'
 ):
     """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556): min(SNR, γ)/SNR for noise prediction,
-    min(SNR, γ)/(SNR + 1) for v."""
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == 'v_prediction' else snr)
+    min(SNR, γ)/(SNR + 1) for v, min(SNR, γ)/(√SNR + 1)² for a flow's velocity."""
+    of_one = dict(epsilon=snr, v_prediction=snr + 1, flow=(snr.sqrt() + 1).square())
+    return snr.clamp(max=gamma) / of_one[prediction_type]

@@ -26,8 +26,8 @@ def save_weights(run, folder):
     "Write LoRA and token rows to a folder; each file is whole or not there."
     part = Path(folder)/'.part'
     shutil.rmtree(part, ignore_errors=True)
-    if run.settings.rank: save_adapter(run.pipe.unet, part)
-    save_tokens(part, run.settings.token, run.rows['clip_l'], run.rows['clip_g'])
+    if run.settings.rank: save_adapter(run.model, part)
+    if run.rows: save_tokens(part, run.settings.token, run.rows['clip_l'], run.rows['clip_g'])
     for file in part.iterdir(): os.replace(file, Path(folder)/file.name)
     part.rmdir()
 
@@ -38,7 +38,7 @@ def save_run(run, folder, step, pictures=()):
     s = run.settings
     save_weights(run, folder)
     subject = Subject(s.token, s.class_noun, s.base, str(folder),
-                      dict(card_settings(s), max_train_steps=step), signature=base_signature(run.pipe.unet))
+                      dict(card_settings(s), max_train_steps=step), signature=base_signature(run.model))
     return subject.save(folder, pictures)
 
 # %% ../../nbs/3_subject/12_resume.ipynb #c068
@@ -53,9 +53,9 @@ def save_checkpoint(run, step):
 def load_checkpoint(run, folder):
     """Restore adapter, token, optimizer, schedule and loss scale; random choices follow from (seed,
     step). The number of steps that were done."""
-    if run.settings.rank: load_adapter(run.pipe.unet, Path(folder)/LORA_FILE)
+    if run.settings.rank: load_adapter(run.model, Path(folder)/LORA_FILE)
     with torch.no_grad():
-        for row, saved in zip(run.rows.values(), load_tokens(folder)[1:]): row.copy_(saved)
+        for row, saved in zip(run.rows.values(), (load_tokens(folder) or [()])[1:]): row.copy_(saved)
     return restore(folder, run.parts)
 
 # %% ../../nbs/3_subject/12_resume.ipynb #c081

@@ -33,7 +33,8 @@ class Settings:
     output: Path | str = setting(
         "folder for the result, see `Subject`", resume='free', alias='output_dir')
     base: str | Path = setting(
-        "the base model, an SDXL in diffusers format: a folder or a Hub name", TINY_SDXL,
+        "the base model, an SDXL, SD3.5, FLUX.1 or Z-Image in diffusers format: a folder or a Hub name",
+        TINY_SDXL,
         noted=True, alias='pretrained_model_name_or_path')
     variant: str | None = setting("of the base model's files; 'fp16' is half the download", None)
     revision: str | None = setting("of a base model on the Hub: a branch, tag or commit", None)
@@ -47,18 +48,21 @@ class Settings:
         above=0, sized=(100.0, 1000.0), source=DCO)
     snr_gamma: float | None = setting("of DreamBooth: min-SNR weighting, 5 is usual", None, above=0,
         source='Hang et al. 2023, arXiv 2303.09556')
+    timestep_density: str | None = setting(
+        "of a flow-matching model: how often each noise level is drawn", None,
+        choices=('uniform', 'logit_normal'), source='Esser et al. 2024, arXiv 2403.03206')
     prior_loss_weight: float = setting(
         "of DreamBooth: prior preservation, 1 is usual", 0.0, least=0, source=DREAMBOOTH)
     class_data_dir: Path | str | None = setting(
         "pictures of the class for it; None: the base model makes them", None, resume='free')
     num_class_images: int = setting("how many it makes", 50, unit='pictures', whole=1, resume='free')
-    rank: int | None = setting("of the LoRA on the UNet; 0: none, the token alone is learned", None,
+    rank: int | None = setting("of the LoRA on the denoiser; 0: none, the token alone is learned", None,
         whole=0, sized=(8, 32), source=DCO)
     target_modules: list | tuple | None = setting(
         "names of the layers that get a LoRA", None, in_shell=False,
         sized=('all large layers', 'attention'))
     train_text_encoder_ti: bool = setting(
-        "learn the token's embedding too (textual inversion)", False,
+        "learn the token's embedding too (textual inversion; SDXL alone)", False,
         source='Gal et al. 2022, arXiv 2208.01618')
     learning_rate: float | None = setting("of the LoRA", None, above=0, sized=(1e-3, 5e-5), source=DCO)
     text_encoder_lr: float | None = setting(
@@ -76,7 +80,7 @@ class Settings:
         "in one step of the optimizer", 1, unit='batches', whole=1, resume='cut')
     gradient_checkpointing: bool | None = setting("less memory, more time", None, sized=(False, True))
     mixed_precision: str | None = setting(
-        "in which UNet and text encoders compute", None, choices=('no', 'bf16', 'fp16'),
+        "in which denoiser and text encoders compute", None, choices=('no', 'bf16', 'fp16'),
         sized=('no', 'what the card computes fast'))
     use_8bit_adam: bool = setting("the optimizer's state in 8 bits; needs bitsandbytes", False)
     batched: bool = setting(

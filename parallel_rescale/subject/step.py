@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+from ..machine.architectures import denoiser_of
 from ..machine.prompts import subject_prompt
 from .adapters import DTYPES, embed, rescale_row, rows_of, to_device
 from .data import make_batch
@@ -29,9 +30,9 @@ class Run:
     "A fine-tuning run under way: what `train_step` reads and changes."
     settings: Settings
     accelerator: Accelerator
-    pipe: StableDiffusionXLPipeline
-    noise_scheduler: DDPMScheduler
-    rows: dict              # 'clip_l', 'clip_g' → the token's row [1, D] in each text encoder
+    pipe: DiffusionPipeline
+    noise_scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler
+    rows: dict              # 'clip_l', 'clip_g' → the token's row [1, D]; empty where no word can be added
     params: list            # groups for the optimizer: the flattened LoRA, the flattened rows
     references: list
     norms: tuple = ()       # mean lengths of the two embedding tables' rows
@@ -43,6 +44,9 @@ class Run:
     scaler: torch.amp.GradScaler | None = None
     # step → its batches, drawn while the device was still at the step before
     ahead: dict = field(default_factory=dict)
+
+    @property
+    def model(self): return denoiser_of(self.pipe)
 
     @property
     def trained(self): return [p for group in self.params for p in group['params']]
@@ -64,13 +68,14 @@ def subject_text(run, batch):
 def snr_weight(run, batch):
     "Min-SNR weights [B] of a batch, or None where `snr_gamma` is not given."
     if run.settings.snr_gamma is None: return None
-    return min_snr_weight(batch.snr, run.settings.snr_gamma, run.noise_scheduler.config.prediction_type)
+    kind = run.noise_scheduler.config.get('prediction_type', 'flow')
+    return min_snr_weight(batch.snr, run.settings.snr_gamma, kind)
 
 # %% ../../nbs/3_subject/09_step.ipynb #c044
 def loss_of(run, batch):
     """The loss of one batch and what to log of it: mean squared errors, and for DCO `unsaturated`, the mean
     weight σ(β(m_θ − m_φ)): .5 while θ is φ, towards 0 as the leads become enough."""
-    s, unet, subject = run.settings, run.pipe.unet, subject_text(run, batch)
+    s, unet, subject = run.settings, run.model, subject_text(run, batch)
     if s.loss == 'dco':
         theta, phi = theta_and_phi(unet, batch, subject, rows_of(run.text.base, batch.source), s.batched)
         model, reference = mse(theta, batch.target), mse(phi, batch.target)
@@ -84,8 +89,8 @@ def loss_of(run, batch):
 def prior_loss(run, batch):
     """Prior preservation (Ruiz et al. 2022): the personalised model still has to denoise pictures of the
     class under the class prompt."""
-    text = rows_of(run.text.noun, torch.zeros_like(batch.t))
-    return mse(predict(run.pipe.unet, batch.x_t, batch.t, text, batch.time_ids), batch.target).mean()
+    text = rows_of(run.text.noun, torch.zeros_like(batch.source))
+    return mse(predict(run.model, batch.x_t, batch.t, text, batch.time_ids), batch.target).mean()
 
 # %% ../../nbs/3_subject/09_step.ipynb #c046
 def micro_batches(run, data, step, purpose=0):
@@ -98,7 +103,7 @@ def micro_batches(run, data, step, purpose=0):
         first = (micro * parts + rank) * n
         yield make_batch(data, run.pipe.vae.config, run.noise_scheduler,
                          n * parts * s.gradient_accumulation_steps, (s.seed, step, purpose),
-                         slice(first, first + n), run.accelerator.device)
+                         slice(first, first + n), run.accelerator.device, s.timestep_density)
 
 # %% ../../nbs/3_subject/09_step.ipynb #c046b
 def deal(run, step):
