@@ -78,7 +78,7 @@ def block(tests=None) -> str:
         "come from one call (as a [diffusers guider](6_use/06_guider.ipynb): one call each); `every(rule, k)` asks in full on every k-th "
         "step only. Memory grows with the rows of the call; `max_rows` splits it.", table(rule_rows()),
         "What the tests run on tiny models of random weights (SDXL: the embedded model). *CFG is stock's*: the rule CFG gives the "
-        "pipeline's own guidance. Subjects are fine-tuned, and loaded with their words, for SDXL.", table(model_rows(tests)), END])
+        "pipeline's own guidance. Subjects are fine-tuned for SDXL (LoRA and word) and for SD3, FLUX.1 and Z-Image (LoRA).", table(model_rows(tests)), END])
 
 
 def marked(text: str, new: str) -> str:
