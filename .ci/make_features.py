@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INDEX, TESTS = "nbs/index.ipynb", ["tests/test_borders.py", "tests/test_guider.py"]
+INDEX, TESTS = "nbs/index.ipynb", [f"tests/test_{name}.py" for name in (
+    "borders", "guider", "flow_matching", "finetune", "several")]
 START, END = "<!-- features: made by .ci/make_features.py -->", "<!-- /features -->"
 # as they are called in the tests, in the order of the table
 MODELS = dict(sdxl="SDXL", sd15="SD 1.5", sd3="SD 3 and 3.5", flux1="FLUX.1", flux2_dev="FLUX.2 dev", flux2_klein="FLUX.2 klein",
@@ -18,6 +19,10 @@ MODELS = dict(sdxl="SDXL", sd15="SD 1.5", sd3="SD 3 and 3.5", flux1="FLUX.1", fl
 EQUAL = {"test_cfg_is_the_stock_pipelines_own": ("from text", None), "test_cfg_equals_stock": ("from text", None),
          "test_cfg_is_diffusers_own_bit_for_bit": ("from text", "sdxl"), "test_cfg_is_stock_in_other_tasks": (None, "sdxl"), "test_cfg_equals_stock_from_a_picture": ("img2img", None)}
 TASKS = ["from text", "img2img", "inpaint"]
+# test → (column, the word in its brackets or None → model)
+MORE = {"test_two_adapters_in_one_pipeline": ("several subjects", {None: "sdxl"}),
+        "test_stock_diffusers_loads_the_same_model": ("fine-tuned", {None: "sdxl"}),
+        "test_the_stock_pipeline_loads_it_and_paints_something_else": ("fine-tuned", dict(sd3="sd3", flux="flux1", z_image="z_image"))}
 
 
 def tested(root=ROOT) -> list:
@@ -59,8 +64,11 @@ def model_rows(tests: list) -> list:
                or test == "test_a_guider_is_the_rule" and model == "sdxl"} & rules
         equal = {task or word for test, words in tests if test in EQUAL for task, of in [EQUAL[test]]
                  if (of or model) == model and (of or model in words) for word in words if task or word in TASKS}
+        more = {column for test, words in tests if test in MORE for column, of in [MORE[test]]
+                if model in [of.get(None), *(of.get(w) for w in words)]}
         if ran or equal:
-            rows.append({"model": title, "rules that run in it": len(ran) or "", **{f"CFG is stock's, {t}": "✓" * (t in equal) for t in TASKS}})
+            rows.append({"model": title, "rules that run in it": len(ran) or "", **{f"CFG is stock's, {t}": "✓" * (t in equal) for t in TASKS},
+                         **{column: "✓" * (column in more) for column in ("several subjects", "fine-tuned")}})
     return rows
 
 
@@ -78,7 +86,8 @@ def block(tests=None) -> str:
         "come from one call (as a [diffusers guider](6_use/06_guider.ipynb): one call each); `every(rule, k)` asks in full on every k-th "
         "step only. Memory grows with the rows of the call; `max_rows` splits it.", table(rule_rows()),
         "What the tests run on tiny models of random weights (SDXL: the embedded model). *CFG is stock's*: the rule CFG gives the "
-        "pipeline's own guidance. Subjects are fine-tuned for SDXL (LoRA and word) and for SD3, FLUX.1 and Z-Image (LoRA).", table(model_rows(tests)), END])
+        "pipeline's own guidance. *Fine-tuned*: by DCO and DreamBooth, into a file that the stock pipeline loads; words are learned for SDXL "
+        "alone. *Several subjects*: with a LoRA each in one pipeline.", table(model_rows(tests)), END])
 
 
 def marked(text: str, new: str) -> str:

@@ -24,9 +24,10 @@ def test_the_tables_are_up_to_date(features):
 
 def test_a_model_is_in_the_table_where_tests_run_it(features):
     made = [("test_every_rule_runs", ["sana", "cfg"]), ("test_every_rule_runs", ["sana", "apg"]), ("test_cfg_equals_stock", ["sana", "None", "1"]),
-            ("test_cfg_is_stock_in_other_tasks", ["inpaint"]), ("test_a_guider_is_the_rule", ["cfg"]), ("test_something_else", ["z_image"])]
+            ("test_cfg_is_stock_in_other_tasks", ["inpaint"]), ("test_a_guider_is_the_rule", ["cfg"]), ("test_something_else", ["z_image"]),
+            ("test_two_adapters_in_one_pipeline", [""]), ("test_the_stock_pipeline_loads_it_and_paints_something_else", ["flux"])]
     sdxl, sana = features.model_rows(made)
-    assert list(sdxl.values()) == ["SDXL", 1, "", "", "✓"] and list(sana.values()) == ["Sana", 2, "✓", "", ""]
+    assert list(sdxl.values()) == ["SDXL", 1, "", "", "✓", "✓", ""] and list(sana.values()) == ["Sana", 2, "✓", "", "", "", ""]
 
 
 def test_every_rule_of_the_package_is_in_the_table_with_its_source(features):

@@ -94,9 +94,11 @@ def sd15():
 
 
 def sd3():
-    "With no T5, as people run it on small cards: the pipeline puts zeros in its place."
-    transformer = SD3Transformer2DModel(sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
-                                        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64)
+    """SD3.5's blocks: normed queries, and in the first a second attention of the picture alone; SD3 is the same without. With no T5, as
+    people run it on small cards: the pipeline puts zeros in its place."""
+    transformer = SD3Transformer2DModel(sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+                                        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
+                                        qk_norm="rms_norm", dual_attention_layers=(0,))
     (first, tokenizer), (second, _) = [clip(CLIPTextModelWithProjection, projection_dim=32) for _ in range(2)]
     return Tiny(StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=first,
                                          tokenizer=tokenizer, text_encoder_2=second, tokenizer_2=tokenizer, text_encoder_3=None,
