@@ -1,6 +1,7 @@
 "The explorer and the explainers without a browser: controls are moved from Python, JavaScript is run by node."
-import html.parser, json, shutil, subprocess, time
+import copy, gc, html.parser, json, shutil, subprocess, time, weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 
@@ -9,12 +10,15 @@ import ipywidgets as w
 from parallel_rescale.machine.guide import load_subject
 from parallel_rescale.method.guidance import Branch, Guidance
 from parallel_rescale.method.rules import CFG, ConsistencyGuidance, OrthogonalOnly, ParallelRescale
+from parallel_rescale.subject.adapters import decode
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import PACKAGE
 from parallel_rescale.use import explainers
+from parallel_rescale.use.controls import NO_RULE
 from parallel_rescale.use.explorer import explore
-from parallel_rescale.use.story import Settings, open_pipeline
+from parallel_rescale.use.story import paint, Settings, open_pipeline
 from parallel_rescale.world.toy import toy_scores, toy_sigmas
+from tiny_pipelines import tiny
 
 LONG = 300        # seconds: how long a busy machine may take
 
@@ -69,7 +73,7 @@ def test_the_lists_write_the_prompt_and_the_prompt_moves_the_lists(explorer):
     explorer.asking.style.value = "watercolor"
     assert explorer.settings.prompt == "a watercolor painting of a {subject} on the beach"
     explorer.asking.prompt.value = "a <pixel> at night"
-    assert (explorer.asking.style.value, explorer.asking.place.value) == (None, "night")
+    assert (explorer.asking.style.value, explorer.asking.place.value) == ("", "night")
 
 
 @pytest.mark.parametrize("name, value, says", [
@@ -178,10 +182,80 @@ def test_every_control_has_a_label_and_everything_its_class(explorer):
 
 
 def test_comparing_can_be_switched_off_and_on(explorer):
-    explorer.asking.rules[1].names.value = None
+    explorer.asking.rules[1].names.value = NO_RULE
+    assert explorer.asking.rules[1].names.label == "no second rule", "no blank line"
     assert len(explorer.wait(LONG).images) == 1 and explorer.screen.pictures[1].value == ""
     explorer.asking.rules[1].names.value = "orthogonal_only"
     assert explorer.wait(LONG).settings.rules == (ConsistencyGuidance(5., 3.), OrthogonalOnly())
+
+
+def test_two_explorers_share_a_pipeline_one_after_the_other(pipe):
+    rules, asked = ParallelRescale(5., 3.), [(0, 6), (1, 5)]
+    alone = [paint(pipe, Settings().prompt, rules, seed, steps).image for seed, steps in asked]
+    both = [explore(pipe, rules=rules, seed=seed, steps=steps) for seed, steps in asked]
+    for explorer, image in zip(both, alone): assert pixels(explorer.wait(LONG).image) == pixels(image)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_whoever_waits_for_a_pipeline_may_be_stopped(pipe):
+    first = explore(pipe, rules=CFG(3.), steps=1000)
+    while "step" not in first.screen.pictures[0].value: time.sleep(.01)
+    second = explore(pipe, rules=CFG(3.), steps=2)
+    second.stop()
+    second.wait(LONG)
+    assert second.images == [] and not first.latest.idle
+    first.close()
+
+
+def test_closed_it_lets_go_of_the_pipeline_and_of_every_widget():
+    import ipywidgets.widgets.widget as known
+    own, before = load_tiny_sdxl(device="cpu"), set(known._instances)
+    explorer, gone = explore(own, rules=CFG(3., adapter=0), steps=2).wait(LONG), weakref.ref(own)
+    explorer.change(rules=(CFG(2., adapter=0),)).wait(LONG)
+    image, code = explorer.image, explorer.code
+    explorer.close()
+    del own
+    gc.collect()
+    assert gone() is None and set(known._instances) == before
+    assert explorer.image is image and explorer.code == code
+    with pytest.raises(ValueError, match="is closed"): explorer.change(steps=3)
+
+
+def test_another_s_patch_of_the_scheduler_outlives_a_picture(pipe):
+    pipe.scheduler.step = patched = pipe.scheduler.step
+    try:
+        paint(pipe, "a {subject}", CFG(3.), steps=1)
+        assert vars(pipe.scheduler)["step"] is patched
+    finally: del pipe.scheduler.step
+
+
+@pytest.mark.parametrize("name", ["flux1", "chroma"])
+def test_pictures_that_come_as_tokens_are_previewed(name):
+    flux = tiny(name).pipe
+    flux.default_sample_size = 16
+    made = paint(flux, "a cat", CFG(3., adapter=0), steps=2)
+    assert [im.size for im in made.previews.values()] == [made.image.size] * 2 == [(32, 32)] * 2
+    # after the last step the sampler's x is the picture's latents
+    assert np.abs(np.subtract(made.previews[1], made.image, dtype=float)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["flux2_dev", "qwen_image"])
+def test_latents_that_cannot_be_previewed_are_refused_before_any_work(name):
+    other = tiny(name).pipe
+    for call in (explore, lambda p: paint(p, "a cat", CFG(3.))):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} has no scaling_factor"): call(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_vae_that_rests_elsewhere_decodes_where_its_hook_takes_it(pipe, dtype):
+    """As under diffusers' CPU offload, where `vae.device` is the CPU: here weights rest on "meta"."""
+    vae, latents = copy.deepcopy(pipe.vae).to(dtype), torch.randn(1, 4, 8, 8)
+    expected, state = decode(vae, latents), vae.state_dict()
+    vae.to("meta")
+    def fetch(module): module.to_empty(device="cpu").load_state_dict(state)
+    vae._hf_hook = SimpleNamespace(execution_device="cpu", pre_forward=fetch)
+    assert vae.device.type == "meta" and torch.equal(decode(vae, latents), expected)
+    assert vae.dtype == dtype
 
 
 def test_settings_that_cannot_be_painted_are_refused_before_any_work(pipe):

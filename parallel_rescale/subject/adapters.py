@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'ATTENTION', 'EVERYTHING', 'check_revision', 'unet_config', 'check_vae', 'vae_config', 'load_parts',
-           'check_weights', 'load_base', 'in_float32', 'encode', 'decode', 'check_one_word', 'check_spelling',
-           'check_token', 'check_words', 'begin_as', 'add_token', 'to_device', 'embed', 'rows_of', 'mean_norm',
-           'rescale_row', 'add_lora', 'flatten', 'load_adapter']
+           'check_weights', 'load_base', 'works_on', 'in_float32', 'encode', 'decode', 'check_one_word',
+           'check_spelling', 'check_token', 'check_words', 'begin_as', 'add_token', 'to_device', 'embed', 'rows_of',
+           'mean_norm', 'rescale_row', 'add_lora', 'flatten', 'load_adapter']
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c003
 import copy, functools, warnings
@@ -111,12 +111,16 @@ def load_base(
     return pipe.to(device)
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c102
+def works_on(module):
+    "The device a module computes on, though it may rest on another (diffusers' CPU offload)."
+    return torch.device(getattr(getattr(module, '_hf_hook', None), 'execution_device', None) or module.device)
+
 @contextmanager
 def in_float32(module):
     """Inside, a module computes in float32, whatever autocast and its own precision say; afterwards it is
     as it was."""
     dtype = module.dtype
-    with torch.autocast(module.device.type, enabled=False):
+    with torch.autocast(works_on(module).type, enabled=False):
         if dtype == torch.float32: yield; return
         try: module.float(); yield
         finally: module.to(dtype)
@@ -139,7 +143,8 @@ def decode(vae, latents):
     """Pictures [B, 3, H, W] in [−1, 1], float32, from latents [B, C, h, w] as a UNet and its scheduler
     leave them. FloatingPointError where they are not finite: clipped, they would be black."""
     shift, scale = getattr(vae.config, 'shift_factor', None) or 0, vae.config.scaling_factor
-    with in_float32(vae): pictures = vae.decode(latents.to(vae.device, torch.float32) / scale + shift).sample
+    latents = latents.to(works_on(vae), torch.float32) / scale + shift
+    with in_float32(vae): pictures = vae.decode(latents).sample
     if not pictures.isfinite().all():
         raise FloatingPointError("the VAE gives pictures that are not finite; take another one (vae=…)")
     return pictures.clamp(-1, 1)

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 from ..evidence.scorers import scorer
 from ..machine.guide import for_subject, subject_of
 from ..method.rules import CFG
-from .controls import Asking, chart_html, CSS, figure_html, picture_html, swatch
+from .controls import (Asking, chart_html, close_widget, CSS, figure_html,
+                                           picture_html, swatch)
 from .story import (AGAINST, code_of, FOR, open_pipeline, paint, plot_norms, plot_spread,
                                         ratio_map, scores_of, Settings, strips)
 
@@ -121,6 +122,16 @@ class _Screen:
 
 # %% ../../nbs/6_use/09_explorer.ipynb #x033
 KEPT = 24       # pictures with their stories that an explorer remembers
+_painting, _one = WeakKeyDictionary(), threading.Lock()     # pipeline → the lock of whoever paints with it
+
+@contextmanager
+def _alone(pipe, stale):
+    "Inside, no other explorer paints with `pipe`; InterruptedError where `stale()` turns True before."
+    with _one: lock = _painting.setdefault(pipe, threading.Lock())
+    while not lock.acquire(timeout=.05):
+        if stale(): raise InterruptedError
+    try: yield
+    finally: lock.release()
 
 class _Acts:
     "What the explorer does between a wish and its picture."
@@ -177,7 +188,8 @@ class _Paints(_Acts):
                 if picture: self._show(side, rule, settings, picture, f"step {i + 1} of {settings.steps}")
         key = settings.prompt, settings.seed, settings.steps, rule
         if key not in self.made:
-            self.made[key] = paint(self.pipe, settings.prompt, rule, settings.seed, settings.steps, look)
+            with _alone(self.pipe, stale):
+                self.made[key] = paint(self.pipe, settings.prompt, rule, settings.seed, settings.steps, look)
             while len(self.made) > KEPT: del self.made[next(iter(self.made))]
         made = self.made[key]
         with self._still(stale):
@@ -192,6 +204,7 @@ class _Paints(_Acts):
             self.screen.step.max = settings.steps
             notes = " ".join(dict.fromkeys(note for p in painted for note in p.notes))
             self._say(notes or f"Painted in {sum(p.seconds for p in painted):.1f} s.")
+            self.codes = [code_of(self.pipe, settings, p.rule, self.opening) for p in painted]
             self.screen.code.value = code_html(self.codes)
 
     def _tell(self, settings, painted, stale):
@@ -211,13 +224,14 @@ class Explorer(_Paints):
 
     `settings` is what the controls say, `change(prompt=…, seed=…, steps=…, rules=…)` moves them; `image` and
     `images` are the last good pictures, `painted` their stories, `code` and `codes` the calls that make them.
-    `wait()` waits for what is being painted, `stop()` gives it up. CSS classes, for style sheets and tests:
+    `wait()` waits for what is being painted, `stop()` gives it up, `close()` ends it all and lets go of the
+    pipeline and its memory. CSS classes, for style sheets and tests:
     pr-explorer around pr-controls (pr-prompt, pr-style, pr-place, pr-seed, pr-another, pr-steps, pr-stop;
     pr-rule pr-rule-0 and pr-rule-1 with pr-field-NAME) and pr-screen (pr-message with pr-say or pr-error,
     pr-picture pr-picture-0 and pr-picture-1, pr-step, pr-map, pr-charts, pr-code)."""
     def __init__(self, pipe, opening, settings, scorers=()):
         import ipywidgets as w
-        self.pipe, self.opening, self.scorers = pipe, opening, scorers
+        self.pipe, self.opening, self.scorers, self.codes = pipe, opening, scorers, []
         self.painted, self.shown, self.made, self.scored = [], settings, {}, WeakKeyDictionary()
         self.lock, self.latest = threading.RLock(), Latest(self._work)
         self.asking, self.screen = Asking(settings, self._changed), _Screen(settings.steps)
@@ -233,12 +247,11 @@ class Explorer(_Paints):
     settings = property(lambda self: self.asking.settings)
     images = property(lambda self: [p.image for p in self.painted])
     image = property(lambda self: self.painted[0].image if self.painted else None)
-    codes = property(lambda self: [code_of(self.pipe, self.shown, p.rule, self.opening)
-                                   for p in self.painted])
     code = property(lambda self: self.codes[0] if self.painted else None)
 
     def change(self, **settings) -> "Explorer":
-        "Move controls from Python, and paint. ValueError where the settings cannot be painted."
+        "Move controls from Python, and paint. ValueError where the settings cannot be painted, or closed."
+        if self.pipe is None: raise ValueError("explorer: is closed; open another one with explore(...)")
         self.asking.show(Settings(**self.asking.values(**settings)))
         self._changed()
         return self
@@ -252,6 +265,12 @@ class Explorer(_Paints):
         "Give up what is being painted; the last good pictures come back."
         with self.lock:
             if self.latest.stop(): self._back("Stopped. These are the last finished pictures.")
+
+    def close(self):
+        "Stop, and let go of widgets (which ipywidgets keeps until they are closed) and pipeline."
+        self.stop()
+        close_widget(self.wait().widget)
+        self.pipe, self.made = None, {}
 
     def _ipython_display_(self):
         from IPython.display import display
