@@ -23,6 +23,7 @@ from parallel_rescale.machine.adapter_rows import adapter_rows
 from parallel_rescale.machine.architectures import border_of, denoiser_of
 from parallel_rescale.machine.guide import load_subject, subject_of, unload_subject
 from parallel_rescale.machine.saved_subject import Subject, base_signature
+from parallel_rescale.method.rules import CFG
 from parallel_rescale.subject import previews
 from parallel_rescale.subject.adapters import embed, rows_of
 from parallel_rescale.subject.checkpoints import step_generator, training_log
@@ -231,6 +232,14 @@ def test_dco_at_its_limits(references, base):
     assert gradient(beta=1e7)[0] / 1e7 == pytest.approx(behind, rel=1e-3, abs=1e-6)
 
 
+def test_previews_ask_for_no_more_guidance_than_training(references, bases):
+    run, told = prepared(references, bases["flux"]), []
+    hook = run.model.register_forward_pre_hook(lambda model, args, kwargs: told.append(kwargs["guidance"]), with_kwargs=True)
+    previews.sample_latents_of(run, "a photo of a {subject}", CFG(5.0), seed=0)
+    hook.remove()
+    assert told and all((guidance == 1).all() for guidance in told)
+
+
 def test_phi_is_the_base_and_one_call_is_two(references, base):
     run = stirred(prepared(references, base))
     with quietly(): untouched = DiffusionPipeline.from_pretrained(base).transformer.eval()
@@ -349,7 +358,7 @@ def test_the_saved_folder(trained, base):
     if paints(base): assert len(list((folder / "validation").iterdir())) == 1 and (folder / "samples/grid.png").exists()
     state, card = weights(folder), (folder / "README.md").read_text()
     assert all(k.startswith("transformer.") for k in state) and {v.dtype for v in state.values()} == {torch.float32}
-    assert f'DiffusionPipeline.from_pretrained("{base}")' in card and "load_textual_inversion" not in card
+    assert f'DiffusionPipeline.from_pretrained("{base}", torch_dtype=dtype)' in card and "load_textual_inversion" not in card
 
 
 def test_training_lowers_the_loss(references, base):

@@ -58,6 +58,25 @@ def test_texts_in_a_batch(pipe, blocks):
     assert both.shape[0] == 2 and torch.allclose(both[:1], first, atol=5e-3)
 
 
+def test_texts_in_a_batch_with_two_pictures_each(pipe, blocks):
+    prompts, rule = [PROMPT, "a sketch of a <pixel> in the snow"], ParallelRescale(3., 2.)
+    def start(n): return torch.randn(n, 4, 16, 16, generator=noise())
+    four = run(blocks, guider_for(pipe, rule, prompts), prompts, num_images_per_prompt=2, latents=start(4))
+    for i, prompt in enumerate(prompts):
+        two = run(blocks, guider_for(pipe, rule, prompt), prompt, num_images_per_prompt=2, latents=start(4)[2 * i:2 * i + 2])
+        assert torch.allclose(four[2 * i:2 * i + 2], two, atol=5e-3)
+    with pytest.raises(ValueError, match="embeddings of 2 texts do not fit a batch of 3"):
+        run(blocks, guider_for(pipe, rule, prompts), PROMPT, num_images_per_prompt=3)
+
+
+def test_embeddings_come_to_where_the_batch_is():
+    from parallel_rescale.machine.prompts import PromptEmbeds
+    like = torch.zeros(2, 3, 4, dtype=torch.bfloat16, device="meta")
+    guider = RuleGuider(ParallelRescale(), dict(base=PromptEmbeds(torch.ones(1, 3, 4), torch.ones(1, 5))))
+    made = guider.prepare_inputs(dict(prompt_embeds=(like, like), text_embeds=(like[:, 0], like[:, 0])))
+    assert len(made) == 3 and {(t.dtype, t.device.type) for b in made for t in (b.prompt_embeds, b.text_embeds)} == {(torch.bfloat16, "meta")}
+
+
 def test_nothing_is_left_behind_even_after_an_error(pipe, blocks):
     before = run(blocks, ClassifierFreeGuidance(guidance_scale=4.))
     guider = guider_for(pipe, ParallelRescale(3., 2.), PROMPT)

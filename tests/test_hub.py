@@ -30,13 +30,16 @@ def hub():
 
         def do_GET(self):
             if server.refuses: return self.answer({"error": "not found"}, 404)       # the client looks whether it is there already
-            self.answer({"name": "me", "siblings": [], "sha": "0" * 40, "id": "me/pixel"})
+            if "/auth-check" in self.path: return self.answer({}, 403 if server.read_only and self.path.endswith("/write") else 200)
+            self.answer({"name": "me", "siblings": [], "sha": "0" * 40, "id": "me/pixel", "private": server.private})
 
         def do_POST(self):
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}"
             server.seen.append((self.path, self.headers.get("Authorization")))
             if self.path.endswith("/repos/create"):
                 server.repo = json.loads(sent)
+                if server.read_only: return self.answer({"error": "no write permission on the namespace"}, 403)
+                if not server.private: return self.answer({"error": "it is there already", "url": f"{server.url}/me/pixel"}, 409)
                 if server.refuses: return self.answer({"error": "this token may not write"}, 403)
                 return self.answer({"url": f"{server.url}/me/pixel", "name": "me/pixel"})
             if "/preupload/" in self.path:
@@ -50,6 +53,7 @@ def hub():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url, server.seen, server.files, server.refuses = f"http://127.0.0.1:{server.server_port}", [], {}, False
+    server.read_only, server.private, server.repo = False, True, None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -102,3 +106,30 @@ def test_a_token_that_may_not_write_is_found_out_before_any_work(hub, tmp_path):
     hub.refuses = True
     done = run(hub, tmp_path, *FINETUNE)
     assert done.returncode == 2 and "push_to_hub: no repository 'me/pixel'" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("state,words", [(dict(read_only=True), "no repository 'me/pixel' can be had on the Hub"), (dict(private=False), "'me/pixel' is public on the Hub")],
+                         ids=["a token that reads", "a public one"])
+def test_a_repository_that_is_there_is_looked_at_before_any_work(hub, tmp_path, state, words):
+    "The client calls it a success to make a repository that exists, whoever asks and however public it is."
+    photographs(tmp_path / "photos")
+    vars(hub).update(state)
+    done = run(hub, tmp_path, *FINETUNE)
+    assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out").exists() and not hub.files
+
+
+def test_pictures_that_are_not_there_leave_no_repository(hub, tmp_path):
+    done = run(hub, tmp_path, *FINETUNE)
+    assert done.returncode == 2 and "photos" in done.stderr and hub.repo is None and not hub.seen
+
+
+def test_a_client_that_cannot_ask_tries():
+    from parallel_rescale.subject.finetuning import check_writing
+
+    class Old:
+        calls = []
+        def auth_check(self, repo_id): raise AssertionError("reads only")
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id): self.calls.append(("put", repo_id, path_in_repo))
+        def delete_file(self, path_in_repo, repo_id): self.calls.append(("delete", repo_id, path_in_repo))
+    check_writing(Old(), "me/pixel")
+    assert Old.calls == [("put", "me/pixel", ".write-check"), ("delete", "me/pixel", ".write-check")]

@@ -155,8 +155,15 @@ def test_how_the_base_was_loaded_is_known_and_on_the_card(tmp_path):
     made = Subject("<dog>", "dog", "some/sdxl", settings=dict(variant="fp16", revision="v1", vae="some/vae", rank=4))
     assert made.base_options == dict(variant="fp16", revision="v1") and made.vae == "some/vae"
     card = model_card(made)
-    assert card.count('from_pretrained("some/vae")') == 2 and "AutoencoderKL, StableDiffusionXLPipeline" in card
-    assert 'from_pretrained("some/sdxl", variant="fp16", revision="v1", vae=vae)' in card
-    assert 'from_pretrained(subject.base, variant="fp16", revision="v1", vae=vae)' in card
+    assert card.count('from_pretrained("some/vae", torch_dtype=dtype)') == 2 and "AutoencoderKL, StableDiffusionXLPipeline" in card
+    assert 'from_pretrained("some/sdxl", variant="fp16", revision="v1", vae=vae, torch_dtype=dtype)' in card
+    assert 'from_pretrained(subject.base, variant="fp16", revision="v1", vae=vae, torch_dtype=dtype)' in card
     plain = model_card(Subject("<dog>", "dog", "some/sdxl"))
-    assert "vae" not in plain and 'from_pretrained("some/sdxl")' in plain
+    assert "vae" not in plain and 'from_pretrained("some/sdxl", torch_dtype=dtype)' in plain
+
+
+@pytest.mark.parametrize("signature,precision", [({}, "float16 if"), (dict(num_layers=19), "bfloat16")], ids=["unet", "transformer"])
+def test_the_card_never_loads_a_large_model_in_float32(signature, precision):
+    card = model_card(Subject("<inky>", "octopus", "some/base", signature=signature))
+    assert card.count(f"dtype = torch.{precision}") == card.count(", torch_dtype=dtype)") == 2 and "An octopus that" in card
+    for block in card.split("```python")[1:]: compile(block.split("```")[0], "card", "exec")

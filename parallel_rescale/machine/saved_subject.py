@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .prompts import base_prompt
 from ..tools.embedded import TINY_SDXL
 from ..tools.util import PACKAGE
 
@@ -247,10 +248,11 @@ def model_card(subject: Subject, pictures=()) -> str:
     card = PACKAGE / "data" / "cards" / f"{_made_for(subject)}.md"
     return card.read_text(encoding="utf-8").format(
         fields=_fields(subject, base, pictures), token=subject.token, noun=subject.class_noun, base=base,
+        a_noun=base_prompt("A {subject}", subject.class_noun),
         options=options, lora_file=LORA_FILE, tokens_file=TOKENS_FILE,
         place="TINY_SDXL" if ours else f'"{base}"',
         embedded="\nfrom parallel_rescale import TINY_SDXL  # where the embedded model lies" * ours,
-        vae=f"vae = AutoencoderKL.from_pretrained({json.dumps(vae)})\n" * bool(vae),
+        vae=f"vae = AutoencoderKL.from_pretrained({json.dumps(vae)}, torch_dtype=dtype)\n" * bool(vae),
         vae_import="from diffusers import AutoencoderKL\n" * bool(vae),
         classes=f"AutoencoderKL, {pipeline}" if vae else pipeline,
         pictures="\n".join(f"![{subject.prompt}]({p})" for p in pictures),

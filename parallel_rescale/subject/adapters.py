@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'ATTENTION', 'EVERYTHING', 'check_revision', 'unet_config', 'check_vae', 'vae_config', 'load_parts',
            'check_weights', 'load_base', 'works_on', 'in_float32', 'encode', 'decode', 'check_one_word',
-           'check_spelling', 'check_token', 'check_words', 'begin_as', 'add_token', 'to_device', 'embed', 'rows_of',
-           'mean_norm', 'rescale_row', 'add_lora', 'flatten', 'load_adapter']
+           'check_spelling', 'check_token', 'check_words', 'begin_as', 'add_token', 'embed', 'rows_of', 'mean_norm',
+           'rescale_row', 'add_lora', 'flatten', 'load_adapter']
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c003
 import copy, functools, warnings
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from ..machine.architectures import denoiser_of
 from ..machine.prompts import PromptEmbeds
+from ..tools.util import to_device
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c008
 def check_revision(base, revision=None):
@@ -216,12 +217,6 @@ def add_token(
     encoder.get_input_embeddings().register_forward_hook(
         lambda layer, args, out: torch.where(is_new(args), row.to(out.dtype), out))
     return row
-
-# %% ../../nbs/3_subject/03_adapters.ipynb #c022
-def to_device(tensor, device):
-    "A CPU tensor on a device, without waiting until a GPU has finished its work."
-    if torch.device(device).type != 'cuda': return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c022b
 @functools.singledispatch

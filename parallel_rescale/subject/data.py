@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np, torch
 
-from .adapters import encode, to_device
+from .adapters import encode
 from .checkpoints import step_generator
 from .references import crop_square
+from ..tools.util import to_device
 
 # %% ../../nbs/3_subject/08_data.ipynb #c025
 RANDOM_CROPS = 8         # cuts of each picture that are encoded, where crop='random'

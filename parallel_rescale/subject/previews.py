@@ -59,6 +59,7 @@ def sample_latents_of(run, prompt, rule, seed):
     subject, base = both_prompts(prompt, s)
     text = encode_prompts(pipe, dict(null=None, base=base, subject=subject))
     own = border.told(text['subject'], 1) | border.unguided(run.model)
+    if run.model.config.get('guidance_embeds'): own['guidance_scale'] = 1.      # as in training
     with guided(run.model, rule, text, scheduler=pipe.scheduler, tokens_only=not s.rank):
         latents = pipe(**own, num_inference_steps=SAMPLE_STEPS, height=s.resolution, width=s.resolution,
                        generator=torch.Generator().manual_seed(seed), output_type='latent').images

@@ -18,11 +18,12 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 
 from ..machine.architectures import denoiser_of
 from ..machine.prompts import subject_prompt
-from .adapters import DTYPES, embed, rescale_row, rows_of, to_device
+from .adapters import DTYPES, embed, rescale_row, rows_of
 from .data import make_batch
 from .losses import dco_loss, dreambooth_loss, min_snr_weight, mse, predict
 from .losses import theta_and_phi
 from .settings import Settings
+from ..tools.util import to_device
 
 # %% ../../nbs/3_subject/09_step.ipynb #c040
 @dataclass
