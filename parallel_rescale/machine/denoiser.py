@@ -13,7 +13,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from .adapter_rows import _active, _carried_out, _obstacle, _plan, adapter_layers
+from .adapter_rows import (_active, _carried_out, _obstacle, _plan, adapter_layers,
+                                                   check_recomputed)
 from .attention_rows import attention_rows, self_attention
 from .architectures import border_of, check_conditions, row_groups, stack_rows
 from .architectures import take_rows
@@ -78,6 +79,7 @@ class _Batch:
     def scaled(self, group):
         "A context in which each branch's rows see adapters and attention as the branch says."
         rows = [b for b, piece in group for _ in range(piece.stop - piece.start)]
+        check_recomputed(self.unet, [b.attention or self.layers and b.adapter != 1 for b in rows])
         inside = ExitStack()
         inside.enter_context(attention_rows(self.unet, [b.attention for b in rows]))
         if not self.tokens_only and any(b.adapter != 1 for b in rows):       # else they are as they should be
@@ -158,10 +160,9 @@ class _Session(_Answers):
     "The two hooks of `guided` and what they share."
     def __init__(self, unet, rule, prompts, scheduler, max_rows, on_step, tokens_only):
         super().__init__(unet, prompts, tokens_only)
-        self.rule, self.max_rows, self.on_step = rule, max_rows, on_step
+        self.rule, self.max_rows, self.on_step, self.grid = rule, max_rows, on_step, (None, None)
         self.active, self.obstacle = _active(self.layers), self.layers and (
             _obstacle(self.layers) or self.border.obstacle(unet))
-        self.grid = None, None
         self.clock, self.undo, self.asking, self.pending = Clock(scheduler), ExitStack(), False, deque()
         for branch in rule.branches: self.check(branch)
 
@@ -198,11 +199,12 @@ class _Session(_Answers):
         specific = predictions[self.branches[-1]]
         combined = self.combine(*(predictions[b] for b in self.branches)).to(specific.dtype)
         when = f"step {self.i} of {self.n} (t = {self.t:g})"
-        self.pending.append((*_largest(combined, self.sample, predictions), when))
-        if self.on_step:
-            named = {(b.prompt, b.adapter, *([b.attention] if b.attention else [])): p for b,
-                     p in predictions.items()}
-            self.on_step(self.i, self.n, self.t, named, combined)
+        with torch.no_grad():                      # under `universal` a gradient goes through all of this
+            self.pending.append((*_largest(combined, self.sample, predictions), when))
+            if self.on_step:
+                named = {(b.prompt, b.adapter, *([b.attention] if b.attention else [])): p.detach()
+                         for b, p in predictions.items()}
+                self.on_step(self.i, self.n, self.t, named, combined.detach())
         result = self.border.handed(combined, specific, output[0], self.layout())
         result = (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
         if self.border.asked_twice: self.known = self.mark(), result

@@ -50,8 +50,9 @@ class APG(Guidance):
         now = self.at(i / max(n - 1, 1))
         if not self.momentum: return now.branches, now.combine
         def combine(null, cond):
-            memory["d"] = cond - null + self.momentum * memory.get("d", 0.)
-            return now._push(cond, memory["d"])
+            d = cond - null + self.momentum * memory.get("d", 0.)
+            memory["d"] = d.detach()
+            return now._push(cond, d)
         return now.branches, combine
 
 # %% ../../nbs/1_method/11_rivals.ipynb #r011

@@ -75,7 +75,9 @@ def _keeping_offset(combine, anchor, i, memory):
     "`combine`, which also notes at which step it was called and how far its result lies from the anchor."
     def combine_full(*predictions):
         guided = combine(*predictions)
-        memory.update(full=i, offset=guided - predictions[anchor])
+        offset = guided - predictions[anchor]
+        # numbers will do; of tensors no graph is kept, which would grow from step to step
+        memory.update(full=i, offset=getattr(offset, "detach", lambda: offset)())
         return guided
     return combine_full
 
