@@ -1,11 +1,12 @@
 """Universal guidance around any rule: other schedulers and models, batches, errors, and nothing left behind."""
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
     HeunDiscreteScheduler, UniPCMultistepScheduler)
 
-from parallel_rescale import CFG, ParallelRescale, SubjectPipeline, every, guide
+from parallel_rescale import APG, CFG, ParallelRescale, Record, SubjectPipeline, every, guide
 from parallel_rescale.machine.universal import noise_levels, universal
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import PACKAGE
@@ -107,3 +108,97 @@ def test_a_step_of_two_stages_is_not_repeated(pipe):
         assert run(pipe, forward=1.).isfinite().all()
         with pytest.raises(ValueError, match="two stages"): run(pipe, repeats=2)
     finally: pipe.scheduler = own
+
+
+def test_half_precision_loses_no_small_gradient(pipe):
+    half = load_tiny_sdxl(SubjectPipeline).load_subject(PACKAGE / "data" / "subject_pixel").to(torch.float16)
+    half.vae.register_to_config(force_upcast=False)
+    def slight(pictures): return 1e-3 * dark(pictures)         # of whose gradient float16 keeps nothing
+    for how in (dict(forward=6e4), dict(backward=2, rate=3e4)):
+        found = [(run(p, loss=slight, **how) - run(p)).float().flatten() for p in (pipe, half)]
+        assert torch.cosine_similarity(*found, dim=0) > .9 and .7 < found[1].norm() / found[0].norm() < 1.4, how
+    assert half.vae.dtype == half.unet.dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["flux1", "flux2_klein", "qwen_image", "sana"])
+def test_each_model_tells_the_step_in_its_own_way(name):
+    from tiny_pipelines import tiny
+    made, seen = tiny(name, adapter=None), []
+    def small(x): return x.square().flatten(1).mean(1)
+    def drawn(**how):
+        with guide(made.pipe, CFG(3., adapter=0), "a cat", base_prompt="a cat", **made.encoding) as generate, universal(made.pipe, small, decode=False, **how):
+            return generate(generator=noise(), **QUICK, **made.size).images
+    plain = drawn(forward=lambda u: seen.append(u) or 0.)
+    assert seen[-3:] == [1 / 3, 2 / 3, 1.]                     # flow models' first step is pure noise
+    assert small(drawn(backward=2, rate=20.)) < small(plain) and not torch.equal(drawn(forward=5.), plain)
+
+
+def test_models_that_cannot_be_steered_are_named_before_any_work():
+    from tiny_pipelines import tiny
+    for name, decode, said in (("z_image", False, "Z-Image"), ("flux1", True, "decode=False")):
+        with pytest.raises(ValueError, match=said), universal(tiny(name, adapter=None).pipe, dark, backward=1, decode=decode): pass
+
+
+def test_forward_guidance_and_offloading(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.unet, "_hf_hook", CpuOffload("cpu"), raising=False)
+    with pytest.raises(ValueError, match="without cpu offload"): run(pipe, forward=1.)
+    assert run(pipe, backward=1).isfinite().all() and run(pipe, loss=lambda x: x.square().mean((1, 2, 3)), forward=1., decode=False).isfinite().all()
+
+
+def test_a_step_that_another_has_put_there_stays(pipe):
+    own, scheduler = pipe.scheduler.step, pipe.scheduler
+    def others(*args, **kwargs): return own(*args, **kwargs)
+    scheduler.step = others
+    try:
+        with universal(pipe, dark, repeats=2): assert scheduler.step is not others
+        assert scheduler.step is others
+        with universal(pipe, dark, repeats=2): del scheduler.step             # another that clears up too much
+        assert scheduler.step is others
+    finally: vars(scheduler).pop("step", None)
+
+
+@pytest.mark.parametrize("rule", [ParallelRescale(3., 2.), every(ParallelRescale(3., 2.), 2), APG(3., momentum=-.5)])
+def test_no_graph_outlives_its_step(pipe, rule):
+    record, seen = Record(maps=True) if "Parallel" in repr(rule) else None, []
+    def keep(i, n, t, predictions, combined): seen.extend([combined, *predictions.values()])
+    with universal(pipe, dark, forward=30.):
+        images = pipe("a photo of a <pixel>", guidance=rule, record=record, generator=noise(), **QUICK).images
+    assert images.isfinite().all() and (record is None or "p_map" in record[0])
+    from parallel_rescale.machine.denoiser import guided
+    from parallel_rescale.machine.guide import encode_named, named_texts
+    told = encode_named(pipe, rule, dict(prompt="a <pixel>"), named_texts(pipe, rule, "a <pixel>"))
+    memory, x = {}, torch.randn(len(rule.branches), 1, 4, 8, 8, requires_grad=True)
+    _, combine = rule.step(0, 4, memory)
+    assert combine(*x).requires_grad and not any(torch.is_tensor(v) and v.requires_grad for v in memory.values())
+    with guided(pipe.unet, rule, told, scheduler=pipe.scheduler, on_step=keep):
+        call = dict(encoder_hidden_states=told["subject"].hidden, added_cond_kwargs=dict(
+            text_embeds=told["subject"].pooled, time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]])))
+        out = pipe.unet(torch.randn(1, 4, 16, 16, requires_grad=True), pipe.scheduler.timesteps[0], **call).sample
+    assert out.requires_grad and seen and not any(p.requires_grad for p in seen)
+
+
+def test_checkpointing_of_the_decoder_but_not_of_the_denoiser(pipe):
+    steered = run(pipe, forward=30.)
+    pipe.unet.enable_gradient_checkpointing()
+    try:
+        with pytest.raises(ValueError, match="gradient checkpointing"): run(pipe, forward=30.)
+        assert torch.is_grad_enabled() and not pipe.unet._forward_pre_hooks
+        assert run(pipe, rule=CFG(3.), forward=30.).isfinite().all()          # all rows as the model is
+    finally: pipe.unet.disable_gradient_checkpointing()
+    pipe.vae.enable_gradient_checkpointing()
+    try: assert torch.allclose(run(pipe, forward=30.), steered, atol=1e-4)
+    finally: pipe.vae.disable_gradient_checkpointing()
+
+
+def test_a_network_compiled_in_place_is_compiled_once():
+    from tiny_pipelines import tiny
+    pipe, compiled = tiny("sd15", adapter=None).pipe, []
+    def backend(graph, inputs): compiled.append(graph); return graph.forward
+    def drawn(steps):
+        with guide(pipe, CFG(3., adapter=0), "a cat", base_prompt="a cat") as generate, universal(pipe, dark, forward=30.):
+            return generate(generator=noise(), output_type="latent", num_inference_steps=steps).images
+    plain = drawn(4)
+    pipe.unet.compile(backend=backend)
+    drawn(2)
+    once = len(compiled)
+    assert torch.allclose(drawn(4), plain, atol=1e-3) and 0 < once == len(compiled)

@@ -14,8 +14,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from .architectures import denoiser_of
+from .architectures import border_of, denoiser_of
 from .clock import Clock
+from .flow_architectures import ZImageBorder, _Packed
 from ..method.guidance import Scale, _number
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u007
@@ -78,6 +79,16 @@ def descend(loss, # of what `look` makes of x̂₀: pictures [B, 3, H, W] → [B
     return change
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u017
+def _eager(unet):
+    "A decorator for hooks: `unet.compile()` would compile them too, again for every step."
+    return torch.compiler.disable if getattr(unet, "_compiled_call_impl", None) else lambda hook: hook
+
+def _back(wrong, x0, x):
+    "The gradient of `wrong` with respect to x, float32; half precision would lose one of 1e-8 on its way."
+    g, = torch.autograd.grad(wrong, x0)
+    top = g.flatten(1).abs().amax(1).clamp_min(1e-30).view(-1, *[1] * (g.ndim - 1))    # of each picture
+    return torch.autograd.grad(x0, x, g / top)[0].float() * top
+
 class _Steering:
     "The hooks of `universal` and what they share."
     def __init__(self, scheduler, loss, look, forward, backward, rate):
@@ -92,9 +103,10 @@ class _Steering:
         names = list(inspect.signature(type(getattr(unet, "_orig_mod", unet)).forward).parameters)[1:]
         self.call, self.name = dict(zip(names, args)) | kwargs, names[0]
         self.x = self.call[self.name]
-        self.now = self.enter(*self.clock.step(self.call["timestep"], self.x.shape)[:2])
+        time = border_of(unet).time(self.call, unet)    # the scheduler's own: FLUX is told t/1000
+        self.now = self.enter(*self.clock.step(time, self.x.shape)[:2])
         self.grad = torch.is_grad_enabled()
-        self.hook = unet.register_forward_hook(self.after, always_call=True)
+        self.hook = unet.register_forward_hook(_eager(unet)(self.after), always_call=True)
         if not self.now: return None
         self.x = self.x.detach().requires_grad_(True)
         torch.set_grad_enabled(True)
@@ -134,7 +146,7 @@ class _Steering:
         with torch.enable_grad():
             x0 = clean_picture(output.float(), self.x.float(), self.a, self.b, kind)
             wrong = _said(self.loss, self.look(x0)).float().sum()
-        return torch.autograd.grad(wrong, self.x)[0].float()
+        return _back(wrong, x0, self.x)
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u019
 class _Decoder:
@@ -148,7 +160,7 @@ class _Decoder:
 
     def __enter__(self):
         self.was = self.vae.dtype
-        if self.vae.config.force_upcast: self.vae.to(torch.float32)
+        if self.vae.config.get("force_upcast") or self.was == torch.float16: self.vae.to(torch.float32)
 
     def __exit__(self, *error):
         if self.vae.dtype != self.was: self.vae.to(self.was)
@@ -191,6 +203,7 @@ def _state(scheduler):
 def _repeated(session, unet, repeats, generator):
     "Inside, the scheduler's step is done `repeats` times, each time from fresh noise of the same level."
     scheduler, step = session.scheduler, session.scheduler.step
+    others = {k: v for k, v in vars(scheduler).items() if k == "step"}       # another's, put there before
     @functools.wraps(step)
     def often(output, timestep, sample, *args, **kwargs):
         for _ in range(repeats - 1):
@@ -205,7 +218,9 @@ def _repeated(session, unet, repeats, generator):
         return step(output, timestep, sample, *args, **kwargs)
     scheduler.step = often
     try: yield
-    finally: del scheduler.step
+    finally:
+        vars(scheduler).pop("step", None)
+        vars(scheduler).update(others)
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u026
 def _check_universal(scheduler, loss, forward, backward, rate, repeats):
@@ -219,6 +234,22 @@ def _check_universal(scheduler, loss, forward, backward, rate, repeats):
     if repeats > 1 and getattr(scheduler, "order", 1) > 1:
         raise ValueError(f"universal: a {type(scheduler).__name__} has two stages a step, and cannot repeat "
                          f"it")
+
+def _offloaded(model) -> bool:
+    "Whether accelerate takes a model, or its layers, from the GPU between calls."
+    return any(getattr(m._hf_hook, "offload", True) for m in model.modules() if hasattr(m, "_hf_hook"))
+
+def _check_models(border, unet, vae, forward, decode):
+    "ValueError for models that cannot be steered in this way, before any work."
+    if issubclass(border, ZImageBorder):
+        raise ValueError("universal: Z-Image keeps its pictures in lists, and cannot be steered")
+    if decode and issubclass(border, _Packed):
+        raise ValueError(f"universal: {border.title} packs its latents, and they cannot be decoded; with "
+                         "decode=False the loss sees them, [B, L, 4C]")
+    if decode and vae is None: raise ValueError("universal: the pipeline has no vae; pass decode=False")
+    if forward and decode and (_offloaded(unet) or _offloaded(vae)):
+        raise ValueError("universal: forward= needs the denoiser and the VAE on the GPU together, without "
+                         "cpu offload; use backward=, or decode=False")
 
 @contextmanager
 def universal(pipe,                     # a diffusers pipeline, run inside at guidance_scale=1 or under a rule
@@ -234,14 +265,14 @@ def universal(pipe,                     # a diffusers pipeline, run inside at gu
     (universal guidance, arXiv 2302.07121), whatever rule has made them.
 
     With forward 0, backward 0 and repeats 1 nothing is touched. Everything is as before on exit."""
-    unet, scheduler = denoiser_of(pipe), pipe.scheduler
+    unet, scheduler, vae = denoiser_of(pipe), pipe.scheduler, getattr(pipe, "vae", None)
     _check_universal(scheduler, loss, forward, backward, rate, repeats)
+    _check_models(border_of(unet), unet, vae, forward, decode)
     if not forward and not backward and repeats == 1: yield; return
-    session = _Steering(scheduler, loss, _Decoder(pipe.vae) if decode else _Latents(), forward, backward,
-                        rate)
+    session = _Steering(scheduler, loss, _Decoder(vae) if decode else _Latents(), forward, backward, rate)
     with ExitStack() as undo:
-        undo.enter_context(frozen(unet, pipe.vae))
-        hook = unet.register_forward_pre_hook(session.before, with_kwargs=True, prepend=True)
+        undo.enter_context(frozen(*(m for m in (unet, vae) if m is not None)))
+        hook = unet.register_forward_pre_hook(_eager(unet)(session.before), with_kwargs=True, prepend=True)
         undo.callback(hook.remove)
         if repeats > 1: undo.enter_context(_repeated(session, unet, repeats, generator))
         yield
