@@ -30,7 +30,7 @@ from parallel_rescale.method.consistency import consistency_guidance
 from parallel_rescale.evidence.evaluation import load_pipeline
 from parallel_rescale.tools.util import quietly
 from parallel_rescale.evidence.questions import noise_seed, prompt_set
-from parallel_rescale.evidence.store import load_scores, picture_name, throughput
+from parallel_rescale.evidence.store import load_scores, image_name, throughput
 from parallel_rescale.method.registry import label
 from parallel_rescale.machine.record import diagnostics
 from parallel_rescale.tools.plot import image_grid
@@ -248,7 +248,7 @@ def failures(work):
         for metric in ("background", "style", "identity"):
             low = drawn[metric].mean().sort_values().reset_index().head(1)
             rows.append(table.merge(low.drop(columns=metric), on=key).assign(worst=metric, trained=split(way)[0], folder=str(work / "regimes" / way)))
-    def picture(row): return Image.open(Path(row.folder) / picture_name(row.subject, row.rule, row.prompt, row.seed, "webp")).convert("RGB")
+    def picture(row): return Image.open(Path(row.folder) / image_name(row.subject, row.rule, row.prompt, row.seed, "webp")).convert("RGB")
     grid = [[picture(row) for rule in rules for row in cell[cell.rule == rule].itertuples()] for cell in rows]
     labels = [f"least {c.worst.iloc[0].replace('background', 'place')} ({c.trained.iloc[0]}): {c.text.iloc[0].replace('a {subject}', c.subject.iloc[0].split('_')[0].title())}" for c in rows]
     image_grid(grid, labels, rules, title="Where every rule fails: the same noise in each row", scale=2, smooth=True).quantize(256).save(ROOT / "nbs" / "images" / "failures.png")

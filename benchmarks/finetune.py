@@ -31,7 +31,7 @@ from parallel_rescale.subject.finetuning import prepared_run
 from parallel_rescale.subject.losses import dco_loss, mse, predict
 from parallel_rescale.subject.preparing import make_optimizer
 from parallel_rescale.subject.references import as_references
-from parallel_rescale.subject.step import Run, autocast, deal, subject_text, train_step
+from parallel_rescale.subject.step import Run, autocast, step_batches, subject_text, train_step
 from parallel_rescale.world.tinyworld import reference_set
 
 
@@ -69,7 +69,7 @@ def straightforward(references, base=TINY_SDXL, **changed):
 
 def bare(run):
     "Forward and backward of φ and θ on one batch and nothing else: what a DCO step cannot do without."
-    unet, (batch, _) = run.pipe.unet, deal(run, 0)[0]
+    unet, (batch, _) = run.pipe.unet, step_batches(run, 0)[0]
     layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
     subject, base = subject_text(run, batch), rows_of(run.text.base, batch.source)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel_rescale.subject.backgrounds import ALIKE, alike_pictures, border_likeness
+from parallel_rescale.subject.backgrounds import ALIKE, similar_images, border_likeness
 from parallel_rescale.subject.references import as_references
 from parallel_rescale.world.tinyworld import BACKGROUNDS, SUBJECTS, reference_set
 
@@ -25,12 +25,12 @@ def majority(images):
 
 def row(folder):
     images = [r.image for r in as_references(folder)]
-    return folder.name, len(images), majority(images), len(alike_pictures(images)), BY_EYE.get(folder.name, "varied")
+    return folder.name, len(images), majority(images), len(similar_images(images)), BY_EYE.get(folder.name, "varied")
 
 
 def tinyworld():
     "Sets of TinyWorld: how many of 12 subjects hit, for each place shared, and for four places."
-    def hits(**options): return sum(bool(alike_pictures([r.image for r in as_references(reference_set(n, "{subject}", **options))])) for n in SUBJECTS)
+    def hits(**options): return sum(bool(similar_images([r.image for r in as_references(reference_set(n, "{subject}", **options))])) for n in SUBJECTS)
     places = ", ".join(f"{b} {hits(regime='same place', place=b)}" for b in BACKGROUNDS)
     return f"TinyWorld, 12 subjects in one place, hits: {places}. In four places: {hits()}; in one outfit: {hits(regime='same outfit')}."
 

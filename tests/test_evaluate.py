@@ -24,8 +24,8 @@ from parallel_rescale.evidence.statistics import tradeoff_points
 from parallel_rescale.evidence.evaluation import evaluate, room_for, share, Worker
 from parallel_rescale.evidence.questions import as_cases, case, named_rules, noise_seed, prompt_data
 from parallel_rescale.evidence.questions import prompt_set, PROMPT_SETS, Truth
-from parallel_rescale.evidence.store import deal_jobs, done_jobs, load_scores, make_plan, MANIFEST, open_results
-from parallel_rescale.evidence.store import PARTS, picture_name, save_result, SCORES, throughput
+from parallel_rescale.evidence.store import split_jobs, done_jobs, load_scores, make_plan, MANIFEST, open_results
+from parallel_rescale.evidence.store import PARTS, image_name, save_result, SCORES, throughput
 from parallel_rescale.method.guidance import RULES
 from parallel_rescale.method.rules import CFG, ConsistencyGuidance, ParallelRescale
 from parallel_rescale.world.judge import judge_images, load_judge
@@ -356,7 +356,7 @@ def test_noise_is_paired_and_fixed_for_ever():
 
 
 def test_plan_covers_the_grid_once():
-    jobs = deal_jobs(["a", "b", "c"], ["x", "y"], 5, [0, 7], 4)
+    jobs = split_jobs(["a", "b", "c"], ["x", "y"], 5, [0, 7], 4)
     cells = [(j.subject, j.rule, *c) for j in jobs for c in j.cells]
     assert len(cells) == len(set(cells)) == 3 * 2 * 5 * 2 and [j.index for j in jobs] == list(range(len(jobs)))
     assert max(len(j.cells) for j in jobs) == 4 and [j.rule for j in jobs[:4]] == ["x", "y", "x", "y"]
@@ -382,7 +382,7 @@ def test_the_grid_is_complete_and_paired(whole, cases):
     saved = pd.read_csv(folder / SCORES)
     assert saved.brightness.tolist() == table.brightness.tolist()              # to the last bit
     for row in table.itertuples():
-        picture = Image.open(folder / picture_name(row.subject, row.rule, row.prompt, row.seed, "png"))
+        picture = Image.open(folder / image_name(row.subject, row.rule, row.prompt, row.seed, "png"))
         assert picture.size == (64, 64) and np.asarray(picture).mean() / 255 == row.brightness
     assert not [p for p in folder.rglob(".*") if p.is_file()]                   # no temporary file is left
     speed = throughput(folder)
@@ -393,7 +393,7 @@ def test_a_cell_is_what_the_pipeline_draws(whole, cases):
     "Whoever has the noise seed of a row gets its picture."
     from parallel_rescale.machine.pipeline import SubjectPipeline
     table, folder = whole
-    job = deal_jobs([c.references.name for c in cases], list(table.rule.unique()), 2, [0, 1], 3)[0]
+    job = split_jobs([c.references.name for c in cases], list(table.rule.unique()), 2, [0, 1], 3)[0]
     rows = table[(table.subject == job.subject) & (table.rule == job.rule)].head(3)
     pipe = SubjectPipeline.from_pretrained(TINY_SDXL, torch_dtype=torch.float32).load_subject(cases[0].folder)
     pipe.set_progress_bar_config(disable=True)

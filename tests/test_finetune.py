@@ -26,11 +26,11 @@ from parallel_rescale.subject.data import RANDOM_CROPS, random_choices, sample_l
 from parallel_rescale.subject.defaults import half_precision, recommended
 from parallel_rescale.subject.finetuning import finetune, prepared_run
 from parallel_rescale.subject.losses import dco_loss, dreambooth_loss, min_snr_weight, predict, theta_and_phi
-from parallel_rescale.subject.previews import everything_on_device, sample_pictures
+from parallel_rescale.subject.previews import everything_on_device, sample_images
 from parallel_rescale.subject.references import as_references
 from parallel_rescale.subject.resuming import load_checkpoint
 from parallel_rescale.subject.settings import saved_settings
-from parallel_rescale.subject.step import autocast, deal, forward_and_backward, loss_of, micro_batches
+from parallel_rescale.subject.step import autocast, step_batches, forward_and_backward, loss_of, micro_batches
 from parallel_rescale.subject.step import read_logs, subject_text, train_step
 from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
 from parallel_rescale.world.tinyworld import reference_set
@@ -312,7 +312,7 @@ def test_class_pictures_and_samples_leave_the_vae_in_float32(references, tmp_pat
     half, whole = (prepared(references, **common | dict(class_data_dir=tmp_path / "run/class_images", num_class_images=50), mixed_precision=p)
                    for p in (precision, "no"))
     assert torch.equal(half.prior.moments, whole.prior.moments)
-    with everything_on_device(half): sample_pictures(half, ["a {subject}"], CFG(5.0))
+    with everything_on_device(half): sample_images(half, ["a {subject}"], CFG(5.0))
     assert half.pipe.vae.dtype == torch.float32 and all(np.isfinite(training_log(subject.folder)["prior"]))
 
 
@@ -329,7 +329,7 @@ def test_half_precision_learns_what_float32_learns(references, stirred, precisio
     made = []
     for p in ("no", precision):
         run = stirred(prepared(references, mixed_precision=p, train_batch_size=2, **changes))
-        logs = forward_and_backward(run, deal(run, 0))[0]
+        logs = forward_and_backward(run, step_batches(run, 0))[0]
         run.scaler.unscale_(run.optimizer)
         made.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))
     (exact, gradient), (logs, rounded) = made
@@ -345,7 +345,7 @@ def test_validation_pictures_in_half_precision(references, monkeypatch, precisio
     pictures = []
     for p in ("no", precision):
         run = prepared(references, mixed_precision=p)
-        with everything_on_device(run): pictures.append(np.asarray(sample_pictures(run, ["a {subject} in the snow"], CFG(5.0))[0], float))
+        with everything_on_device(run): pictures.append(np.asarray(sample_images(run, ["a {subject} in the snow"], CFG(5.0))[0], float))
     assert np.abs(pictures[0] - pictures[1]).mean() < levels
 
 
@@ -787,7 +787,7 @@ def test_two_processes_leave_on_the_same_step(tmp_path, name, change, words):
 def test_two_processes_share_the_class_pictures(references, tmp_path):
     settings = RUN | dict(loss="dreambooth", prior_loss_weight=1.0, num_class_images=3, max_train_steps=1)
     output, note = tmp_path / "two", "Path(args[0].settings.output, f'drawn-{rank}').open('a').write('x')\n    return result"
-    done = in_two_processes(tmp_path, PAIR.format(name="sample_pictures", change=f"if args[2].branches: {note}", output=str(output), settings=settings))
+    done = in_two_processes(tmp_path, PAIR.format(name="sample_images", change=f"if args[2].branches: {note}", output=str(output), settings=settings))
     assert done.returncode == 0, done.stderr[-3000:]
     finetune(references, **settings, output=tmp_path / "one")
     drawn = [(output / f"drawn-{rank}").read_text().count("x") for rank in (0, 1)]
@@ -817,11 +817,11 @@ def test_real_photographs(tmp_path):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), FloatingPointError("NaN at step 3"), OSError("no space left")], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("when", ["validation", "samples"])
 def test_pictures_that_fail_cost_a_warning(references, tmp_path, monkeypatch, error, when):
-    whole, before = finetune(references, **RUN, output=tmp_path / "whole"), previews.sample_pictures
+    whole, before = finetune(references, **RUN, output=tmp_path / "whole"), previews.sample_images
     def fails(run, prompts, *args, **kwargs):
         if when == "samples" or prompts == ["a {subject} asleep"]: raise error
         return before(run, prompts, *args, **kwargs)
-    monkeypatch.setattr(previews, "sample_pictures", fails)
+    monkeypatch.setattr(previews, "sample_images", fails)
     more = dict(validation_prompt=["a {subject} asleep"], validation_steps=2) if when == "validation" else {}
     with pytest.warns(UserWarning, match=f"pictures.* are left out: {error}"): subject = finetune(references, **RUN | more, output=tmp_path / "run")
     assert_same_weights(whole.folder, subject.folder)
@@ -830,7 +830,7 @@ def test_pictures_that_fail_cost_a_warning(references, tmp_path, monkeypatch, er
 
 def test_ctrl_c_while_the_samples_are_painted_keeps_the_subject(references, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(previews, "sample_pictures", interrupted)
+    monkeypatch.setattr(previews, "sample_images", interrupted)
     with pytest.raises(KeyboardInterrupt): finetune(references, **RUN, output=tmp_path / "run")
     assert weights(tmp_path / "run") and Subject.load(tmp_path / "run").settings["max_train_steps"] == RUN["max_train_steps"]
 

@@ -20,7 +20,7 @@ from parallel_rescale.subject.adapters import decode
 from parallel_rescale.subject.checkpoints import training_log
 from parallel_rescale.subject.finetuning import finetune, prepared_run
 from parallel_rescale.subject.references import as_references
-from parallel_rescale.subject.step import deal, forward_and_backward
+from parallel_rescale.subject.step import step_batches, forward_and_backward
 from parallel_rescale.machine.saved_subject import Subject
 from parallel_rescale.tools.embedded import TINY_SDXL
 from parallel_rescale.tools.util import default_device
@@ -151,7 +151,7 @@ def test_half_precision_against_float32(narrow, references, precision):
         run = prepared_run(references, **TEACH | dict(loss="dreambooth", beta=None), base=narrow, mixed_precision=p)
         generator = torch.Generator().manual_seed(1)
         for q in run.trained: q.data += 0.02 * torch.randn(q.shape, generator=generator).to(q)
-        logs = forward_and_backward(run, deal(run, 0))[0]
+        logs = forward_and_backward(run, step_batches(run, 0))[0]
         run.scaler.unscale_(run.optimizer)
         found.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))
     (exact, gradient), (logs, rounded) = found

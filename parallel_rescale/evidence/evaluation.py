@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .questions import noise_seed, Truth
 from .scorers import score
 from .store import done_jobs, Job, load_scores, make_plan, open_results
-from .store import picture_name, Plan, save_result, SCORES
+from .store import image_name, Plan, save_result, SCORES
 from ..machine.pipeline import SubjectPipeline
 from ..machine.prompts import base_prompt, subject_prompt
 from ..tools.util import quietly, write_atomically
@@ -61,7 +61,7 @@ def _rows(job, rule, prompts, noise, scores) -> list[dict]:
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #n010
 def _kept(job, images, kind) -> dict:
     "Path in the results folder → bytes of each image of a job; nothing where images are not kept."
-    return {} if kind is None else {picture_name(job.subject, job.rule, p, s, kind): image_bytes(im, kind)
+    return {} if kind is None else {image_name(job.subject, job.rule, p, s, kind): image_bytes(im, kind)
                                     for (p, s), im in zip(job.cells, images)}
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #c009

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_AXES', 'IDENTITY_AXES', 'subject_means', 'worst', 'markdown_table', 'summary_table', 'comparison_table',
-           'axes_of', 'by_kind', 'pictures_grid', 'report']
+           'axes_of', 'by_kind', 'images_grid', 'report']
 
 # %% ../../nbs/5_evidence/07_report.ipynb #i000
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from .questions import TRUTHS
 from .scorers import known_metrics
 from .statistics import _scored, compare_rules, directed, hypervolumes, metrics_of
 from .statistics import plot_tradeoff, summarize
-from .store import load_scores, picture_name, read_manifest, throughput
+from .store import load_scores, image_name, read_manifest, throughput
 from ..tools.plot import image_grid
 from ..tools.util import check_name, write_atomically
 
@@ -149,12 +149,12 @@ def _page_size(im):
     return im.resize((256, 256)) if im and im.width > 256 else im
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c043
-def pictures_grid(folder, table: pd.DataFrame, kind: str):
+def images_grid(folder, table: pd.DataFrame, kind: str):
     "A grid of kept images, a row for each of a few cells, a column for each rule; None where none is there."
     from PIL import Image
     cells, rules = list(_few_cells(table).itertuples()), list(table.rule.unique())
     def image(cell, rule):
-        path = Path(folder) / picture_name(cell.subject, rule, cell.prompt, cell.seed, kind)
+        path = Path(folder) / image_name(cell.subject, rule, cell.prompt, cell.seed, kind)
         return _page_size(Image.open(path).convert("RGB")) if path.is_file() else None
     grid = [[image(cell, rule) for rule in rules] for cell in cells]
     widths = [im.width for row in grid for im in row if im]
@@ -192,7 +192,7 @@ def report(folder, # a results folder
     main = next(iter(by_kind(table).values()))
     lines = [*_head(table, _asked(manifest)), *_scores(table, _against(table, against)),
              *_tradeoff(main, axes_of(main), folder), *_worst(table, axes_of(main))]
-    grid = pictures_grid(folder, table, manifest["images"]) if manifest["images"] else None
+    grid = images_grid(folder, table, manifest["images"]) if manifest["images"] else None
     if grid:
         grid.save(folder / "pictures.png")
         lines += ["## Pictures", "![Cells of the grid](pictures.png)"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SMALL', 'STRIP', 'PLAIN_WORDS', 'ALIKE', 'PROMPT_COLOURS', 'LINE', 'PAD', 'colour_count', 'border_colours',
-           'border_likeness', 'names_a_place', 'alike_pictures', 'check_references', 'caption_lines', 'table_rows',
+           'border_likeness', 'names_a_place', 'similar_images', 'check_references', 'caption_lines', 'table_rows',
            'reference_table']
 
 # %% ../../nbs/3_subject/02_backgrounds.ipynb #b002
@@ -55,7 +55,7 @@ def names_a_place(caption):
 # %% ../../nbs/3_subject/02_backgrounds.ipynb #b015
 ALIKE = .6
 
-def alike_pictures(images, alike=ALIKE):
+def similar_images(images, alike=ALIKE):
     """Numbers of the pictures that share their background with one of them, if those are three or more
     and over half of all; else none."""
     if len(images) < 3: return []
@@ -67,7 +67,7 @@ def alike_pictures(images, alike=ALIKE):
 def check_references(references):
     """One line on what the pictures share and no caption names, with what to write; None where nothing
     was found."""
-    group = alike_pictures([r.image for r in references])
+    group = similar_images([r.image for r in references])
     silent = [i for i in group if not names_a_place(references[i].caption)]
     if len(silent) <= len(group) / 2: return None
     n, of = len(group), len(references)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'SAMPLE_STEPS', 'SAMPLE_PROMPTS', 'offload_encoders', 'everything_on_device', 'both_prompts',
-           'sample_latents_of', 'sample_pictures', 'at_any_rate', 'log_pictures', 'validate', 'reference_column',
+           'sample_latents_of', 'sample_images', 'at_any_rate', 'log_images', 'validate', 'reference_column',
            'save_samples']
 
 # %% ../../nbs/3_subject/10_previews.ipynb #i000
@@ -68,7 +68,7 @@ def sample_latents_of(run, prompt, rule, seed):
     return unpack(latents, torch.empty(1, latents.shape[2] // 4, side, side, device='meta'))
 
 # %% ../../nbs/3_subject/10_previews.ipynb #c070b
-def sample_pictures(run, prompts, rule, seed=0):
+def sample_images(run, prompts, rule, seed=0):
     """A picture for each prompt under a guidance rule, with the weights as they are; each from its own
     seed, whatever its neighbours."""
     pipe, out = run.pipe, []
@@ -86,7 +86,7 @@ def at_any_rate(what):
         warnings.warn(f"{what} are left out: {error}")
 
 # %% ../../nbs/3_subject/10_previews.ipynb #c072
-def log_pictures(tracker, pictures, prompts, step):
+def log_images(tracker, pictures, prompts, step):
     "Send pictures to a tensorboard or wandb tracker."
     if tracker.name == 'tensorboard':
         tracker.writer.add_images('validation', np.stack([np.asarray(p) for p in pictures]), step,
@@ -102,9 +102,9 @@ def validate(run, step):
     s, folder = run.settings, Path(run.settings.output)/'validation'
     folder.mkdir(exist_ok=True)
     with at_any_rate(f"the pictures of step {step}"):
-        with everything_on_device(run): pictures = sample_pictures(run, s.validation_prompt, CFG(5.0), s.seed)
+        with everything_on_device(run): pictures = sample_images(run, s.validation_prompt, CFG(5.0), s.seed)
         for n, picture in enumerate(pictures): picture.save(folder/f"step-{step:06d}-{n}.png")
-        for tracker in run.accelerator.trackers: log_pictures(tracker, pictures, s.validation_prompt, step)
+        for tracker in run.accelerator.trackers: log_images(tracker, pictures, s.validation_prompt, step)
 
 # %% ../../nbs/3_subject/10_previews.ipynb #c074
 def reference_column(run, n):
@@ -121,7 +121,7 @@ def save_samples(run):
     prompts = s.validation_prompt or SAMPLE_PROMPTS
     rules = dict(cfg=CFG(5.0), parallel_rescale=ParallelRescale())
     with everything_on_device(run):
-        columns = [sample_pictures(run, prompts, rule, s.seed) for rule in rules.values()]
+        columns = [sample_images(run, prompts, rule, s.seed) for rule in rules.values()]
     for name, pictures in zip(rules, columns):
         for n, picture in enumerate(pictures): picture.save(folder/f"{name}-{n}.png")
     rows = list(zip(reference_column(run, len(prompts)), *columns))

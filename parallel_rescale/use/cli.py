@@ -47,12 +47,12 @@ def sample(subject: SubjectFolder, prompt: PromptText,
            num_images: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 1,
            *, seed, overwrite, **drawing):
     "Draw a subject with one guidance rule."
-    from parallel_rescale.use.pictures import columns_of, parse_rules, picture_file, save_picture, seeds_of
+    from parallel_rescale.use.pictures import columns_of, parse_rules, image_path, save_image, seeds_of
     rules, seeds = parse_rules([rule]), seeds_of(seed, num_images)
     files = [output if num_images == 1 else output.with_stem(f"{output.stem}_{s}") for s in seeds]
-    files = [picture_file(file, overwrite) for file in files]
+    files = [image_path(file, overwrite) for file in files]
     _, (pictures,) = columns_of(subject, prompt, rules, seeds, **drawing)
-    for picture, file in zip(pictures, files): typer.echo(save_picture(picture, file))
+    for picture, file in zip(pictures, files): typer.echo(save_image(picture, file))
 
 # %% ../../nbs/6_use/05_cli.ipynb #c024
 @app.command()
@@ -66,14 +66,14 @@ def compare(subject: SubjectFolder, prompt: PromptText,
     "Draw one prompt with several rules, side by side."
     from parallel_rescale.method.registry import label
     from parallel_rescale.tools.plot import image_grid
-    from parallel_rescale.use.pictures import columns_of, parse_rules, picture_file, save_picture, seeds_of
+    from parallel_rescale.use.pictures import columns_of, parse_rules, image_path, save_image, seeds_of
     rules, seeds = parse_rules(rule), seeds_of(seed, num_seeds)
-    file = picture_file(output, overwrite)
+    file = image_path(output, overwrite)
     prompt, columns = columns_of(subject, prompt, rules, seeds, **drawing)
     scale = max(1, round(128 / columns[0][0].width))
     grid = image_grid(list(zip(*columns)), [f"seed {s}" for s in seeds], [label(r) for r in rules],
                       title=prompt, scale=scale)
-    typer.echo(save_picture(grid, file))
+    typer.echo(save_image(grid, file))
 
 # %% ../../nbs/6_use/05_cli.ipynb #c026
 def prompt_lines(references, token, class_noun):

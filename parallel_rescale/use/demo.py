@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_PROMPTS', 'DEMO_RULES', 'DEMO_SETS', 'TRAINING', 'WRONG', 'TITLES', 'BOTH', 'demo_names', 'demo_cells', 'truths',
-           'noise_of', 'generate_by_rule', 'judged', 'missed', 'summary', 'grid_rows', 'page', 'train_subject',
+           'noise_of', 'generate_by_rule', 'judge_cells', 'missed', 'summary', 'grid_rows', 'page', 'train_subject',
            'of_samples', 'plot_p', 'worst', 'worst_page', 'score_row', 'score_rows', 'report', 'file_name', 'run_half',
            'half_rows', 'save_pages', 'settings_of', 'run_demo']
 
@@ -71,7 +71,7 @@ def generate_by_rule(pipe, cells, steps) -> tuple[dict, list]:
     return drawn, records
 
 # %% ../../nbs/6_use/01_demo.ipynb #d011
-def judged(subject, references, pictures, cells) -> pd.DataFrame:
+def judge_cells(subject, references, pictures, cells) -> pd.DataFrame:
     "What the judge says of pictures drawn for cells (seed, style, background), a row for each."
     def kind(style): return "photo" if style == "photo" else "stylised"
     prompts = [Prompt(caption("{subject}", s, b), kind(s), s, b) for _, s, b in cells]
@@ -244,7 +244,7 @@ def run_half(name, folder, subject, cells, steps, seed=0, max_train_steps=None, 
     by_rule, records = generate_by_rule(pipe, cells, steps)
     took = f"{trained - begun:.0f} s of fine-tuning, {time.perf_counter() - trained:.0f} s of drawing"
     drawn = {"the truth": truths(subject, cells), **by_rule}
-    tables = {rule: judged(subject, references, pictures, cells) for rule, pictures in drawn.items()}
+    tables = {rule: judge_cells(subject, references, pictures, cells) for rule, pictures in drawn.items()}
     return SimpleNamespace(references=references, saved=saved, drawn=drawn, tables=tables, records=records,
                            took=took)
 
