@@ -36,7 +36,7 @@ def noise_levels(scheduler # any scheduler of diffusers after `set_timesteps`; V
         return (1 - sigmas, sigmas) if _flow(scheduler) else (
             (1 + sigmas**2) ** -.5, sigmas * (1 + sigmas**2) ** -.5)
     kept = scheduler.alphas_cumprod[[int(numbers[i]) for i in first]]
-    last = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.)).view(1)
+    last = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.), device=kept.device).view(1)
     kept = torch.cat([kept, last]).float()
     return kept**.5, (1 - kept)**.5
 

@@ -83,12 +83,12 @@ def judge_cells(subject, references, pictures, cells) -> pd.DataFrame:
 
 # %% ../../nbs/6_use/01_demo.ipynb #d011b
 def missed(table) -> pd.Series:
-    "Which pictures of a `judged` table miss the place, the style or the subject: a score below one half."
+    "Which pictures of a `judge_cells` table miss place, style or subject: a score below one half."
     return (table[["background", "style", "identity"]] < .5).any(axis=1)
 
 # %% ../../nbs/6_use/01_demo.ipynb #d011ba1
 def summary(table) -> dict:
-    "Means of a `judged` table, and how many of its pictures are `missed`."
+    "Means of a `judge_cells` table, and how many of its pictures are `missed`."
     photo = table.kind == "photo"
     return {"place (photos)": table.background[photo].mean(),
             "place (styles)": table.background[~photo].mean(),
@@ -142,7 +142,7 @@ def plot_p(records, cells):
 
 # %% ../../nbs/6_use/01_demo.ipynb #d020
 def worst(table) -> int:
-    "The row of a `judged` table whose weakest score is lowest."
+    "The row of a `judge_cells` table whose weakest score is lowest."
     return int(table[["background", "style", "identity"]].min(axis=1).idxmin())
 
 # %% ../../nbs/6_use/01_demo.ipynb #d020a1
@@ -222,7 +222,7 @@ spread.
 _REPORTED = ("loss", "rank", "learning_rate", "max_train_steps", "train_batch_size")
 
 def report(folder, subject, tables, settings) -> str:
-    """The demo's report in Markdown; `tables`: set → rule → what `judged` gives, `settings`: name →
+    """The demo's report in Markdown; `tables`: set → rule → what `judge_cells` gives, `settings`: name →
     value."""
     token, noun = demo_names(subject)
     return _REPORT.format(subject=subject, token=token, noun=with_article(noun), folder=folder,
