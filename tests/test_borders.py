@@ -207,7 +207,7 @@ def test_everything_is_as_before(model):
 
 
 def test_borders_are_told_apart(xl):
-    assert border_of(xl.unet).__name__ == "SDXLBorder" and len({b.__name__ for b in BORDERS}) == len(BORDERS)
+    assert border_of(xl.unet).__name__ == "SDXLBorder" and len({b.__name__ for b in BORDERS.values()}) == len(BORDERS)
     with pytest.raises(ValueError, match="does not know how a Linear is called"), guided(torch.nn.Linear(1, 1), CFG(adapter=0), {}): pass
 
 

@@ -30,7 +30,8 @@ from parallel_rescale.subject.checkpoints import step_generator, training_log
 from parallel_rescale.subject.data import make_batch, random_choices, sample_latents
 from parallel_rescale.subject.defaults import native_resolution, recommended
 from parallel_rescale.subject.finetuning import finetune, prepared_run
-from parallel_rescale.subject.flow_matching import FLOWS, denoiser_config, levels_of_a_flow, pack, places, training_noise, unpack
+from parallel_rescale.machine.flow_architectures import pack, unpack
+from parallel_rescale.subject.flow_matching import FLOWS, denoiser_config, levels_of_a_flow, places, training_noise
 from parallel_rescale.subject.losses import dco_loss, min_snr_weight, mse, predict, theta_and_phi
 from parallel_rescale.subject.references import as_references
 from parallel_rescale.subject.step import loss_of, micro_batches, subject_text, train_step
@@ -277,7 +278,7 @@ def test_training_has_all_noise_levels_whatever_sampling_uses():
 
 def test_latents_packed_and_back():
     x = torch.randn(2, 4, 6, 8)
-    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8)) and torch.equal(unpack(pack(x), x), x)
+    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8)) and torch.equal(unpack(pack(x), (3, 4)), x)
     assert torch.equal(places(6, 8, "cpu").float(), FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
 
 

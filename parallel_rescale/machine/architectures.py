@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['BORDERS', 'take_rows', 'repeat_rows', 'stack_rows', 'row_groups', 'check_rows', 'stack_prompts', 'Border',
-           'needs_pooled', 'SDXLBorder', 'SD3Border', 'border_of', 'denoiser_of', 'support', 'check_conditions']
+           'needs_pooled', 'SDXLBorder', 'SD3Border', 'known_borders', 'border_of', 'denoiser_of', 'support',
+           'argument_names', 'eager', 'check_conditions']
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #i000
-import math
+import inspect, math
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
 
 import torch
 
 from .. import machine
 from .prompts import PromptEmbeds, encode_prompt
+from ..tools.util import enter, import_modules, present
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #c033
 def take_rows(value, pieces: Sequence[slice], rows: int):
@@ -159,14 +158,7 @@ class _Pipeline:
         return {"guidance_scale": 1.}
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a007d
-BORDERS = []            # of all architectures, the special ones last; filled where the classes are made
-
-def _register(border):
-    """Put a border into `BORDERS`. A class made again takes its old place, and a notebook's version goes
-    before its module's."""
-    places = {b.__name__: i for i, b in enumerate(BORDERS)}
-    if (place := places.get(border.__name__)) is None: BORDERS.append(border)
-    elif border.__module__ == "__main__" or BORDERS[place].__module__ != "__main__": BORDERS[place] = border
+BORDERS = {}      # class name → border, the special ones last; filled where the classes are made
 
 class Border(_Call, _Answer, _Pipeline):
     """How one architecture's denoiser is called. This one is Stable Diffusion 1.5's, and the others' base.
@@ -175,13 +167,14 @@ class Border(_Call, _Answer, _Pipeline):
     is not); `fits` says for which models."""
     title = "SD 1.5"
     attention = ("temperature", "identity", "skip")        # what `Attention` can do to a row
+    form = "picture"                                       # how x_t comes; or "tokens", "list"
     asked_twice = False                                    # True: pipelines ask each prompt in its own call
     exact = True              # the CFG rule is the pipeline's own CFG to the last bit, in calls of like shape
     lengths = "one"           # "any": prompts of several lengths go into one call
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("_"): _register(cls)
+        if not cls.__name__.startswith("_"): enter(BORDERS, "border", cls, cls.__name__)
 
     @classmethod
     def fits(cls, model) -> bool: return hasattr(model, "mid_block") and hasattr(model, "down_blocks")
@@ -189,7 +182,7 @@ class Border(_Call, _Answer, _Pipeline):
     @classmethod
     def obstacle(cls, model) -> str | None: return None    # why adapters cannot have another scale in a row
 
-BORDERS.append(Border)
+enter(BORDERS, "border", Border, "Border")
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a009
 def needs_pooled(pooled):
@@ -232,26 +225,23 @@ class SD3Border(Border):
         return {cls.hidden: hidden, "pooled_projections": needs_pooled(pooled), **extras}
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a011
-@cache
-def _own_borders():
-    "Import every chapter of borders: a border is known where its class is made."
-    for module in iter_modules(machine.__path__):
-        if module.name.endswith("architectures"): import_module(f"{machine.__name__}.{module.name}")
+def known_borders() -> list[type[Border]]:
+    "The borders of all architectures, the special ones last, whatever was imported before."
+    import_modules(machine, "architectures")               # a border is known where its class is made
+    return [*present(BORDERS).values()]
 
 def border_of(model) -> type[Border]:
     "The border of a denoiser, compiled or not. ValueError for an architecture that nobody has described."
-    _own_borders()
-    model = getattr(model, "_orig_mod", model)            # torch.compile
-    for border in reversed(BORDERS):
+    model, known = getattr(model, "_orig_mod", model), known_borders()            # torch.compile
+    for border in reversed(known):
         if border.fits(model): return border
     raise ValueError(f"guided does not know how a {type(model).__name__} is called; known are "
-                     f"{', '.join(b.__name__.removesuffix('Border') or 'SD15' for b in BORDERS)}")
+                     f"{', '.join(b.__name__.removesuffix('Border') or 'SD15' for b in known)}")
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a011a1
 def denoiser_of(pipe):
     "The denoiser of a pipeline: its UNet or its transformer."
-    _own_borders()
-    for name in dict.fromkeys(border.component for border in BORDERS):
+    for name in dict.fromkeys(border.component for border in known_borders()):
         if (model := getattr(pipe, name, None)) is not None: return model
     raise ValueError(f"{type(pipe).__name__} has no denoiser that guided knows")
 
@@ -259,10 +249,18 @@ def denoiser_of(pipe):
 def support() -> list[dict]:
     """What works with which architecture: one dict for each border, for tables; the tests of the borders
     hold it to its word."""
-    _own_borders()
     return [dict(model=b.title, denoiser=b.component, calls_of_its_own_cfg=2 if b.asked_twice else 1,
                  cfg="exact" if b.exact else "up to rounding", prompt_lengths=b.lengths,
-                 attention=list(b.attention)) for b in BORDERS if "title" in vars(b)]
+                 attention=list(b.attention)) for b in known_borders() if "title" in vars(b)]
+
+# %% ../../nbs/2_machine/04_architectures.ipynb #a011a3
+def argument_names(model) -> list[str]:
+    "The names of the arguments of a denoiser's forward pass, compiled or not, in their order."
+    return list(inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters)[1:]
+
+def eager(model):
+    "A decorator for hooks: a model compiled in place would compile them too, again for every rule and step."
+    return torch.compiler.disable if getattr(model, "_compiled_call_impl", None) else lambda hook: hook
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a012a
 def _tensors(value):

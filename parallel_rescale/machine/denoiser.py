@@ -6,7 +6,7 @@
 __all__ = ['checked_rows', 'guided']
 
 # %% ../../nbs/2_machine/06_denoiser.ipynb #i000
-import inspect, math, warnings, weakref
+import math, warnings, weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,8 +16,8 @@ import torch
 from .adapter_rows import (_active, _carried_out, _obstacle, _plan, adapter_layers,
                                                    check_recomputed)
 from .attention_rows import attention_rows, self_attention
-from .architectures import border_of, check_conditions, row_groups, stack_rows
-from .architectures import take_rows
+from .architectures import argument_names, border_of, check_conditions, eager
+from .architectures import row_groups, stack_rows, take_rows
 from .clock import Clock
 from .prompts import PromptEmbeds
 from ..method.guidance import Guidance
@@ -71,7 +71,7 @@ class _Batch:
     "What a denoiser is called with for several branches at once: prompts and adapter scales, row by row."
     def __init__(self, unet, prompts, tokens_only):
         self.unet, self.border, self.prompts, self.tokens_only = unet, border_of(unet), prompts, tokens_only
-        self.names = list(inspect.signature(type(getattr(unet, "_orig_mod", unet)).forward).parameters)[1:]
+        self.names = argument_names(unet)
         self.layers = [] if tokens_only else adapter_layers(unet)
         self.embeds, self.plans = {}, {}
         self.call = self.sample = None                       # of the step under way
@@ -284,10 +284,8 @@ def guided(unet,                      # a diffusers denoiser, e.g. pipe.unet or 
     _check_arguments(unet, rule, scheduler)
     session = _Session(unet, rule, prompts, scheduler, checked_rows(max_rows, batched), on_step, tokens_only)
     outer = _innermost.get(unet)
-    # a UNet compiled in place (unet.compile()) would compile its hooks too, again for every rule and step
-    eager = torch.compiler.disable if getattr(unet, "_compiled_call_impl", None) else (lambda hook: hook)
-    hooks = (unet.register_forward_pre_hook(eager(session.before), with_kwargs=True),
-             unet.register_forward_hook(eager(session.after), always_call=True))
+    hooks = (unet.register_forward_pre_hook(eager(unet)(session.before), with_kwargs=True),
+             unet.register_forward_hook(eager(unet)(session.after), always_call=True))
     _innermost[unet] = session
     try:
         yield

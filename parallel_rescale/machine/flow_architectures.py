@@ -90,7 +90,7 @@ class _Flow(Border):
 # %% ../../nbs/2_machine/11_flow_architectures.ipynb #f040
 class _Packed(_Flow):
     "A picture that comes as tokens; where they lie is in `img_ids` [L, (0, row, column)]."
-    shared, asked_twice = ("img_ids", "txt_ids"), True
+    form, shared, asked_twice = "tokens", ("img_ids", "txt_ids"), True
 
     @classmethod
     def time(cls, call, model): return call["timestep"] * 1000
@@ -232,7 +232,7 @@ class Flux2Border(_Packed):
 class ZImageBorder(_Flow):
     "Z-Image: lists of pictures [C, 1, H, W] and of prompts [L, D], time from 0 to 1, and minus the velocity."
     title, models, sample, hidden = "Z-Image", ("ZImageTransformer2DModel",), "x", "cap_feats"
-    attention, lengths = (), "any"                         # words and picture are one sequence
+    form, attention, lengths = "list", (), "any"                         # words and picture are one sequence
     exact = False                                          # its pipeline says c + s·(c − n)
 
     @classmethod

@@ -7,16 +7,15 @@ __all__ = ['noise_levels', 'prediction_kind', 'clean_picture', 'as_output', 'des
            'clip_loss']
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u002
-import functools, inspect
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 
-from .architectures import border_of, denoiser_of
-from .clock import Clock
-from .flow_architectures import ZImageBorder, _Packed
+from .architectures import argument_names, border_of, denoiser_of, eager
+from .clock import Clock, step_replaced
 from ..method.guidance import Scale, _number
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u007
@@ -79,10 +78,6 @@ def descend(loss, # of what `look` makes of x̂₀: pictures [B, 3, H, W] → [B
     return change
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u017
-def _eager(unet):
-    "A decorator for hooks: `unet.compile()` would compile them too, again for every step."
-    return torch.compiler.disable if getattr(unet, "_compiled_call_impl", None) else lambda hook: hook
-
 def _back(wrong, x0, x):
     "The gradient of `wrong` with respect to x, float32; half precision would lose one of 1e-8 on its way."
     g, = torch.autograd.grad(wrong, x0)
@@ -100,13 +95,13 @@ class _Steering:
         "Forward pre-hook, before that of `guided`: where x_t will need a gradient, all is kept for it."
         self.inside += 1
         if self.inside > 1: return None                 # `guided` asks for further rows of the same step
-        names = list(inspect.signature(type(getattr(unet, "_orig_mod", unet)).forward).parameters)[1:]
+        names = argument_names(unet)
         self.call, self.name = dict(zip(names, args)) | kwargs, names[0]
         self.x = self.call[self.name]
         time = border_of(unet).time(self.call, unet)    # the scheduler's own: FLUX is told t/1000
         self.now = self.enter(*self.clock.step(time, self.x.shape)[:2])
         self.grad = torch.is_grad_enabled()
-        self.hook = unet.register_forward_hook(_eager(unet)(self.after), always_call=True)
+        self.hook = unet.register_forward_hook(eager(unet)(self.after), always_call=True)
         if not self.now: return None
         self.x = self.x.detach().requires_grad_(True)
         torch.set_grad_enabled(True)
@@ -203,7 +198,6 @@ def _state(scheduler):
 def _repeated(session, unet, repeats, generator):
     "Inside, the scheduler's step is done `repeats` times, each time from fresh noise of the same level."
     scheduler, step = session.scheduler, session.scheduler.step
-    others = {k: v for k, v in vars(scheduler).items() if k == "step"}       # another's, put there before
     @functools.wraps(step)
     def often(output, timestep, sample, *args, **kwargs):
         for _ in range(repeats - 1):
@@ -216,11 +210,7 @@ def _repeated(session, unet, repeats, generator):
                 scheduler, "scale_model_input") else sample
             output = unet(**session.call | {session.name: seen, "return_dict": False})[0]
         return step(output, timestep, sample, *args, **kwargs)
-    scheduler.step = often
-    try: yield
-    finally:
-        vars(scheduler).pop("step", None)
-        vars(scheduler).update(others)
+    with step_replaced(scheduler, often): yield
 
 # %% ../../nbs/2_machine/12_universal.ipynb #u026
 def _check_universal(scheduler, loss, forward, backward, rate, repeats):
@@ -241,9 +231,9 @@ def _offloaded(model) -> bool:
 
 def _check_models(border, unet, vae, forward, decode):
     "ValueError for models that cannot be steered in this way, before any work."
-    if issubclass(border, ZImageBorder):
-        raise ValueError("universal: Z-Image keeps its pictures in lists, and cannot be steered")
-    if decode and issubclass(border, _Packed):
+    if border.form == "list":
+        raise ValueError(f"universal: {border.title} keeps its pictures in lists, and cannot be steered")
+    if decode and border.form == "tokens":
         raise ValueError(f"universal: {border.title} packs its latents, and they cannot be decoded; with "
                          "decode=False the loss sees them, [B, L, 4C]")
     if decode and vae is None: raise ValueError("universal: the pipeline has no vae; pass decode=False")
@@ -272,7 +262,7 @@ def universal(pipe,                     # a diffusers pipeline, run inside at gu
     session = _Steering(scheduler, loss, _Decoder(vae) if decode else _Latents(), forward, backward, rate)
     with ExitStack() as undo:
         undo.enter_context(frozen(*(m for m in (unet, vae) if m is not None)))
-        hook = unet.register_forward_pre_hook(_eager(unet)(session.before), with_kwargs=True, prepend=True)
+        hook = unet.register_forward_pre_hook(eager(unet)(session.before), with_kwargs=True, prepend=True)
         undo.callback(hook.remove)
         if repeats > 1: undo.enter_context(_repeated(session, unet, repeats, generator))
         yield

@@ -9,21 +9,13 @@ __all__ = ['known_rules', 'rule', 'label', 'costs']
 import warnings
 from dataclasses import fields
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
-from pkgutil import iter_modules
 
 from .. import method
 from . import guidance
 from .guidance import Guidance
 from .schedules import every, interval
-from ..tools.util import check_name, present
-
-# %% ../../nbs/1_method/08_registry.ipynb #c046
-@cache
-def _own_modules():
-    "Import every chapter of the method: a rule is registered where its class is made."
-    for module in iter_modules(method.__path__): import_module(f"{method.__name__}.{module.name}")
+from ..tools.util import check_name, import_modules, present
 
 # %% ../../nbs/1_method/08_registry.ipynb #g002
 @cache
@@ -39,7 +31,7 @@ def _plugins():
 # %% ../../nbs/1_method/08_registry.ipynb #g003
 def known_rules() -> dict[str, type[Guidance]]:
     "Name → class of all rules of this package and of installed plug-ins, whatever was imported before."
-    _own_modules(), _plugins()
+    import_modules(method), _plugins()     # a rule is registered where its class is made
     return present(guidance.RULES)
 
 # %% ../../nbs/1_method/08_registry.ipynb #g006

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['JOINT', 'FEED_FORWARD', 'FLOWS', 'noised_in_a_line', 'levels_of_a_flow', 'training_noise', 'Flow', 'flow_of',
            'pipeline_of', 'transformer_config', 'denoiser_config', 'width_of', 'flow_defaults', 'check_flow',
-           'embed_sd3', 'embed_flux', 'embed_z_image', 'longest_reader', 'predict_sd3', 'pack', 'unpack', 'places',
-           'predict_flux', 'predict_z_image']
+           'embed_flow', 'longest_reader', 'predict_sd3', 'places', 'predict_flux', 'predict_z_image']
 
 # %% ../../nbs/3_subject/14_flow_matching.ipynb #i000
 import inspect
@@ -19,7 +18,8 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline, ZImag
 from diffusers import ZImageTransformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from ..machine.prompts import PromptEmbeds
+from ..machine.architectures import border_of, denoiser_of
+from ..machine.flow_architectures import pack, unpack
 from .adapters import ATTENTION, check_one_word, check_revision
 from .adapters import embed, unet_config
 from .data import noise_levels, noised
@@ -129,22 +129,13 @@ def check_flow(s, config, vae):
         raise ValueError(f"resolution={s.resolution}: expected a multiple of {side}, a token's side")
 
 # %% ../../nbs/3_subject/14_flow_matching.ipynb #f050
-@embed.register
-def embed_sd3(pipe: StableDiffusion3Pipeline, prompts):
-    "Prompts as SD3's pipeline encodes them."
-    made = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
-    return PromptEmbeds(hidden=made[0], pooled=made[2])
-
-@embed.register
-def embed_flux(pipe: FluxPipeline, prompts):
-    "Prompts as FLUX.1's pipeline encodes them."
-    hidden, pooled, _ = pipe.encode_prompt(list(prompts), None)
-    return PromptEmbeds(hidden, pooled)
-
-@embed.register
-def embed_z_image(pipe: ZImagePipeline, prompts):
-    "Prompts as Z-Image's pipeline encodes them: `hidden` is a list, for each has its own length."
-    return PromptEmbeds(pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0])
+@embed.register(StableDiffusion3Pipeline)
+@embed.register(FluxPipeline)
+@embed.register(ZImagePipeline)
+def embed_flow(pipe, prompts):
+    """Prompts as a flow-matching model's pipeline encodes them, which its border knows; Z-Image's `hidden`
+    is a list, for each has its own length."""
+    return border_of(denoiser_of(pipe)).encode(pipe, list(prompts))[0]
 
 # %% ../../nbs/3_subject/14_flow_matching.ipynb #f054
 def longest_reader(pipe):
@@ -160,18 +151,6 @@ def longest_reader(pipe):
 def predict_sd3(model: SD3Transformer2DModel, x_t, t, text, time_ids=None):
     "SD3's velocity [B, C, h, w], in float32."
     return model(x_t.to(text.hidden.dtype), text.hidden, text.pooled, t).sample.float()
-
-# %% ../../nbs/3_subject/14_flow_matching.ipynb #f062
-def pack(x):
-    "Latents [B, C, h, w] as FLUX.1 reads them, [B, hw/4, 4C]: four neighbours are one token."
-    b, c, h, w = x.shape
-    tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(b, h * w // 4, 4 * c)
-
-def unpack(x, like):
-    "`pack` backwards: [B, hw/4, 4C] as latents of the shape of `like`."
-    b, c, h, w = like.shape
-    return x.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 # %% ../../nbs/3_subject/14_flow_matching.ipynb #f063
 def places(h, w, device):
@@ -189,7 +168,7 @@ def predict_flux(model: FluxTransformer2DModel, x_t, t, text, time_ids=None):
     guidance = torch.ones_like(t) if model.config.guidance_embeds else None
     out = model(pack(x_t).to(text.hidden.dtype), text.hidden, text.pooled, t / 1000, guidance=guidance,
                 **ids)
-    return unpack(out.sample.float(), x_t)
+    return unpack(out.sample.float(), (x_t.shape[2] // 2, x_t.shape[3] // 2))
 
 # %% ../../nbs/3_subject/14_flow_matching.ipynb #f066
 @predict.register

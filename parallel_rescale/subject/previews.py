@@ -20,7 +20,7 @@ from ..machine.prompts import derive_base, encode_prompts, subject_prompt
 from ..method.registry import label
 from ..method.rules import CFG, ParallelRescale
 from .adapters import decode
-from .flow_matching import unpack
+from ..machine.flow_architectures import unpack
 from .references import crop_square
 from ..tools.plot import image_grid
 
@@ -64,8 +64,8 @@ def sample_latents_of(run, prompt, rule, seed):
         latents = pipe(**own, num_inference_steps=SAMPLE_STEPS, height=s.resolution, width=s.resolution,
                        generator=torch.Generator().manual_seed(seed), output_type='latent').images
     if latents.ndim == 4: return latents
-    side = s.resolution // pipe.vae_scale_factor             # of a row of tokens, as FLUX.1 has it
-    return unpack(latents, torch.empty(1, latents.shape[2] // 4, side, side, device='meta'))
+    side = s.resolution // pipe.vae_scale_factor // 2        # of a row of tokens, as FLUX.1 has it
+    return unpack(latents, (side, side))
 
 # %% ../../nbs/3_subject/10_previews.ipynb #c070b
 def sample_images(run, prompts, rule, seed=0):

@@ -21,6 +21,7 @@ from PIL import Image
 import parallel_rescale
 from ..evidence.scorers import Prompt, References, score
 from ..evidence.world_scorers import true_renders
+from ..machine.clock import step_replaced
 from ..machine.flow_architectures import unpack
 from ..machine.guide import for_subject, guide, subject_of
 from ..machine.pipeline import SubjectPipeline
@@ -94,15 +95,13 @@ def open_pipeline(pipe_or_subject=None) -> tuple:
 def watching(scheduler,
              look):  # look(i, latents [B, C, h, w]): the guess x̂₀; where a scheduler makes none, its next x
     "Inside, `look` is called after each step of a diffusers scheduler."
-    theirs, step, count = vars(scheduler).get("step"), scheduler.step, iter(range(1 << 30))
+    step, count = scheduler.step, iter(range(1 << 30))
     @wraps(step)
     def watched(*args, **kwargs):
         out = step(*args, **kwargs)
         look(next(count), out[-1] if isinstance(out, tuple) else out.get("pred_original_sample", out[0]))
         return out
-    scheduler.step = watched
-    try: yield
-    finally: setattr(scheduler, "step", theirs) if theirs else delattr(scheduler, "step")
+    with step_replaced(scheduler, watched): yield
 
 # %% ../../nbs/6_use/07_story.ipynb #e016
 def small_picture(pipe, latents, side=32) -> Image.Image:
