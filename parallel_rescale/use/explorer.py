@@ -15,9 +15,9 @@ from ..evidence.scorers import scorer
 from ..machine.guide import for_subject, subject_of
 from ..method.rules import CFG
 from .controls import (Asking, chart_html, close_widget, CSS, figure_html,
-                                           picture_html, swatch)
+                                           picture_html, strip_html, swatch)
 from .story import (AGAINST, code_of, FOR, open_pipeline, paint, plot_norms, plot_spread,
-                                        ratio_map, scores_of, Settings, strips)
+                                        ratio_map, scores_of, Settings)
 
 # %% ../../nbs/6_use/09_explorer.ipynb #x008
 class Latest:
@@ -76,9 +76,8 @@ def charts_html(painted) -> str:
     told = [p for p in painted if len(p.record)]
     missing = "".join(f"<p>{html.escape(p.rule.label)} does not ask for null, base and subject, so it "
                       "has no p.</p>" for p in painted if not len(p.record))
-    way = figure_html(strips(painted), "Previews of the picture at eight steps, a row for each rule")
     charts = "".join(chart_html(plot(told), alt) for plot, alt in _CHARTS.items()) if told else ""
-    return (f'<h4>The way there</h4><div class="pr-strip">{way}</div><h4>Who pulls where</h4>'
+    return (f'<h4>The way there</h4>{strip_html(painted)}<h4>Who pulls where</h4>'
             f'<div class="pr-row">{charts}</div>{missing}')
 
 # %% ../../nbs/6_use/09_explorer.ipynb #x024a
