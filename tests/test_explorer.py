@@ -45,7 +45,8 @@ def test_it_opens_with_two_rules_on_the_same_noise_and_tells_of_both(explorer):
     assert [p.rule for p in explorer.painted] == list(explorer.settings.rules)
     for side, picture in enumerate(explorer.screen.pictures):
         assert "data:image/png;base64," in picture.value and 'alt="Picture by' in picture.value and "place beach" in picture.value
-    assert explorer.screen.charts.value.count("<img") == 3 and explorer.screen.maps.value.count("<img") == 2
+    shown = 2 + sum(len(p.previews) + 1 for p in explorer.painted)          # charts; previews and pictures
+    assert explorer.screen.charts.value.count("<img") == shown and explorer.screen.maps.value.count("<img") == 2
     assert "Painted in" in explorer.screen.message.value and repr(explorer).startswith("Explorer(")
 
 
