@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from parallel_rescale.world.training2 import main2
+from parallel_rescale.world.model import main2
 
 torch.set_num_threads(1)
 folder, seconds, stages = (sys.argv[1:] + [None, None, None][len(sys.argv) - 1:])[:3]
