@@ -29,7 +29,7 @@ from parallel_rescale.evidence.reports import subject_means
 from parallel_rescale.method.consistency import consistency_guidance
 from parallel_rescale.evidence.evaluation import load_pipeline
 from parallel_rescale.tools.util import quietly
-from parallel_rescale.evidence.questions import noise_seed, prompt_set
+from parallel_rescale.evidence.questions import noise_seed, prompt_set, Steered
 from parallel_rescale.evidence.store import load_scores, image_name, throughput
 from parallel_rescale.method.registry import label
 from parallel_rescale.machine.record import diagnostics
@@ -119,6 +119,13 @@ def when():
     return rules | {f"{name} 3/3, guidance in the {part}": interval(make(TEXT, 3.0), parts[part][0], min(parts[part][1], 1)) for part in list(parts)[:3] for name, make in makes.items()}
 
 
+def steered():
+    "Universal guidance by the judge around rules: how far it can be talked into style and place, and what of the subject is left. Its own scores of these are no evidence."
+    rules = {label(r): r for r in (CFG(3.0), ConsistencyGuidance(TEXT, 2.0), ParallelRescale(TEXT, 2.0))}
+    return rules | {f"{name}, judge {how}": Steered(r, **options) for name, r in rules.items()
+                    for how, options in (("forward", dict(forward=10.)), ("backward", dict(backward=3, rate=5.)))}
+
+
 def reuse():
     "How far the directions can be reused."
     return [ParallelRescale(TEXT, 2.0)] + [every(ParallelRescale(TEXT, 2.0), k) for k in (2, 3, 4, 6, 10)]
@@ -145,7 +152,7 @@ EXPERIMENTS = {
     "rivals": Experiment(BOTH, ALL, rivals),
     "captions": Experiment(["dco; same place, named", "dreambooth 400; same place, named", "dreambooth 400, prior; same place"], ALL, captions),
     "parts": Experiment(BOTH, ALL, parts),
-    "outfit": Experiment(["dco; same outfit"], HATLESS, outfit),
+    "outfit": Experiment(["dco; same outfit"], HATLESS, outfit), "steered": Experiment(["dco; same place"], FOUR, steered),
     "reuse": Experiment(["dco"], ALL, reuse, "tinyworld20", 30), "scales": Experiment(["dco"], EIGHT, scales, "tinyworld20"),
     "when": Experiment(["dco"], EIGHT, when, "tinyworld20"), "overfit": Experiment(["dco", "dreambooth", *LENGTHS], FOUR, overfit, "tinyworld20"),
     "settings": Experiment([*SETTINGS], FOUR, overfit, "tinyworld20")}

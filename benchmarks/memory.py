@@ -1,18 +1,19 @@
 """How much memory does a rule take at SDXL's size? Counted without a GPU and without weights, on torch's `meta` device.
 
-    python benchmarks/memory.py          # writes benchmarks/memory.md, about a minute on one core
+    python benchmarks/memory.py          # writes benchmarks/memory.md, two minutes on one core
 
 Every tensor that a forward pass makes on `meta` has a size and no storage. A dispatch mode adds up the bytes that are alive at
 once. What a kernel borrows for itself (cuDNN's workspaces, attention's blocks) and what the allocator keeps is not in it: a card
 needs one or two GiB beside the sums."""
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,11 +51,23 @@ class Alive(TorchDispatchMode):
     def free(self, size): self.now -= size
 
 
+class _Fused(torch.autograd.Function):
+    "What a fused attention keeps for its gradient: what it was given, what it made, and a number for each query and head."
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad): return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
 @contextmanager
 def attention_in_blocks():
     "Attention as the fused kernels do it: its matrix is never in memory as a whole."
     whole = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, **kwargs: torch.empty_like(q)
+    F.scaled_dot_product_attention = lambda q, k, v, **kwargs: _Fused.apply(q, k, v)
     try: yield
     finally: F.scaled_dot_product_attention = whole
 
@@ -94,6 +107,56 @@ def trained(checkpointing):
     return weights(unet) + 8 * lora, alive.peak
 
 
+def named_prompts(rule):
+    "Prompts of SDXL's shape for all that a rule asks."
+    from parallel_rescale.machine.prompts import PromptEmbeds
+    return {b.prompt: PromptEmbeds(torch.empty(1, 77, 2048, dtype=torch.float16, device="meta"), torch.empty(1, 1280, dtype=torch.float16, device="meta"))
+            for b in rule.branches}
+
+
+def guided_step(unet, rule, max_rows=None, around=nullcontext(), side=1024):
+    "One step of a rule for one picture of `side` pixels, as `guided` does it: (calls of the UNet, most bytes alive at once)."
+    from parallel_rescale.machine import denoiser
+    check, denoiser._check_finite = denoiser._check_finite, lambda *_: None     # nothing can be read on `meta`
+    calls, one = [], dict(sample=torch.empty(1, 4, side // 8, side // 8, dtype=unet.dtype, device="meta"), timestep=500, encoder_hidden_states=None,
+                          added_cond_kwargs=dict(time_ids=torch.empty(1, 6, dtype=unet.dtype, device="meta")))
+    counting = unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with denoiser.guided(unet, rule, named_prompts(rule), max_rows=max_rows), around: most = peak(lambda: unet(**one))
+    finally:
+        counting.remove()
+        denoiser._check_finite = check
+    return len(calls), most
+
+
+def rule_steps(unet):
+    "Of each rule of the package, in its default scales: name, calls and most bytes alive; the same with a call for each row."
+    from peft import LoraConfig
+    from parallel_rescale.method.registry import known_rules
+    from parallel_rescale.subject.adapters import ATTENTION
+    unet.add_adapter(LoraConfig(r=32, target_modules=list(ATTENTION)), adapter_name="subject")
+    unet.half().requires_grad_(False)
+    for name, kind in known_rules().items():
+        if kind.__module__.startswith("parallel_rescale."):
+            yield name, *guided_step(unet, kind()), *guided_step(unet, kind(), max_rows=1)
+
+
+def steered(unet, vae, side, checkpointing=False, **how):
+    "A step of parallel rescaling under universal guidance, a loss of the decoded picture: most bytes alive at once."
+    from parallel_rescale.machine.universal import universal
+    from parallel_rescale.method.rules import ParallelRescale
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(20)
+    (vae.enable_gradient_checkpointing if checkpointing else vae.disable_gradient_checkpointing)()
+    pipe = SimpleNamespace(unet=unet, vae=vae, scheduler=scheduler)
+    return guided_step(unet, ParallelRescale(), around=universal(pipe, lambda x: x.square().mean((1, 2, 3)), **how), side=side)[1]
+
+
+STEERING = {"the rule alone": {}, "backward": dict(backward=1), "backward, decoder checkpointed": dict(backward=1, checkpointing=True),
+            "forward": dict(forward=1.), "forward, decoder checkpointed": dict(forward=1., checkpointing=True),
+            "forward, loss of latents": dict(forward=1., decode=False)}
+
+
 def table(head, rows): return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]])
 
 
@@ -109,6 +172,8 @@ def measure():
     vae_table = [[f"{n} of {side}²", decoded(n, side), decoded(n, side, "slicing"), decoded(n, side, "slicing", "tiling")] for n, side in ((1, 1024), (4, 1024), (1, 1536))]
     steps = [[name, *(f"{b / GIB:.2f}" for b in (stays, beside, stays + beside))]
              for name, (stays, beside) in {"gradient checkpointing": trained(True), "none": trained(False)}.items()]
+    rules = [[f"`{name}`", calls, f"{most / GIB:.2f}", apart, f"{one / GIB:.2f}"] for name, calls, most, apart, one in rule_steps(unet)]
+    steering = [[name, *(f"{steered(unet, vae, side, **how) / GIB:.2f}" for side in (512, 1024))] for name, how in STEERING.items()]
     return f"""# Memory at SDXL's size
 
 Counted on torch {torch.__version__}'s `meta` device (`python benchmarks/memory.py`): bytes of all tensors alive at once, in GiB. What kernels
@@ -119,6 +184,19 @@ Weights: UNet {weights(unet) / GIB:.2f} (fp16), VAE {weights(vae) / GIB:.2f} (fl
 ## Activations of one UNet call, fp16
 
 {table(["rows (pictures × branches)", "512²", "768²", "1024²"], unet_table)}
+
+## A step of each rule, fp16
+
+One picture of 1024² under `guided`, a LoRA of rank 32 on the attention, each rule in its default scales: what its branches ask of attention
+and adapters and its own arithmetic are in it. `max_rows=1` gives every prediction a call of its own.
+
+{table(["rule", "calls", "GiB", "calls, `max_rows=1`", "GiB, `max_rows=1`"], rules)}
+
+## A step under universal guidance
+
+Parallel rescaling (three rows, fp16) for one picture, steered by a loss of the decoded picture (VAE in float32), the loss's own memory left out.
+
+{table(["", "512²", "1024²"], steering)}
 
 ## Decoding, float32
 

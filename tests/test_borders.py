@@ -6,12 +6,13 @@ import sys
 import weakref
 from dataclasses import dataclass, fields
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, FluxKontextPipeline, FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from PIL import Image
-from tiny_pipelines import MODELS, tiny
+from tiny_pipelines import MODELS, sd15, tiny
 
 from parallel_rescale import CFG, ConsistencyGuidance, ParallelRescale, every, guide
 from parallel_rescale.machine import adapter_rows as rows_module
@@ -25,6 +26,7 @@ from parallel_rescale.machine.record import Record
 from parallel_rescale.method.attention import EntropyRectifying, PerturbedAttention, SkipLayer
 from parallel_rescale.method.guidance import Branch, Guidance
 from parallel_rescale.method.registry import known_rules
+from parallel_rescale.method.several import SeveralSubjects
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import PACKAGE
 
@@ -34,7 +36,10 @@ def noise(seed=0): return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def model(request): return tiny(request.param)
+def model(request):
+    made = tiny(request.param)
+    made.name = request.param
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +128,7 @@ def unguided(model):
 
 
 def named(model, rule):
-    told = {"null": None, "base": "a dog", "subject": "a cat"}
+    told = {"null": None, "base": "a dog", "subject": "a cat", "other": "a car"}
     return encode_prompts(model.pipe, {b.prompt: told[b.prompt] for b in rule.branches}, **model.encoding)
 
 
@@ -140,6 +145,26 @@ def test_rows_equal_switching_and_split_calls(model):
     assert seen.keys() == expected.keys()
     for key, v in expected.items(): assert v.shape == seen[key].shape and torch.allclose(seen[key], v, atol=1e-4), key
     assert not torch.allclose(asked("subject", False), expected["subject", 1.], atol=1e-4)      # the adapter does something
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_subject_has_its_own_lora(name):
+    "Two in one call, each with its prompt: what switching from one to the other is."
+    model, rule = tiny(name), SeveralSubjects(3., 2., "subject+other")
+    network = model.model
+    network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_k", "to_v"], init_lora_weights=False), adapter_name="other")
+    network.set_adapter([*rule.subjects])
+    (calls, hook), seen = calls_of(network), seen_by(model, rule)
+    hook.remove()
+    assert len(calls) == 1
+    found = {b.prompt: v for b, v in zip(rule.branches, seen.values())}
+    for subject in rule.subjects:
+        network.set_adapter(subject)
+        alone = seen_by(model, _One(subject), tokens_only=True).popitem()[1]
+        assert torch.allclose(found[subject], alone, atol=1e-4)
+        network.disable_adapters()
+        assert not torch.allclose(seen_by(model, _One(subject), tokens_only=True).popitem()[1], alone, atol=1e-4)
+        network.enable_adapters()
 
 
 @pytest.mark.parametrize("rule", [EntropyRectifying, PerturbedAttention, SkipLayer])
@@ -167,7 +192,7 @@ def test_rules_see_a_picture_and_a_record_is_kept(model):
     rule = ParallelRescale(3., 2.)
     draw(model, rule, base_prompt="a dog", record=record)
     shapes = {tuple(p.shape) for p in seen_by(model, rule).values()}
-    assert len(record) == 3 and len(shapes) == 1 and record[0]["p_map"].shape[2:] == (shape := shapes.pop())[2:] and shape[:2] == (1, 4)
+    assert len(record) == 3 and len(shapes) == 1 and record[0]["p_map"].shape[2:] == (shape := shapes.pop())[2:] and shape[:2] == (1, model.pipe.vae.config.get("latent_channels") or model.pipe.vae.config.z_dim)
     if "height" in model.size: assert shape[2] / shape[3] == model.size["height"] / model.size["width"]
 
 
@@ -448,16 +473,57 @@ def test_what_has_no_border_is_refused():
     hook.remove()
 
 
-@pytest.mark.parametrize("name", ["flux1", "qwen_image", "z_image"])
-def test_cfg_equals_stock_from_a_picture(name):
-    model = tiny(name)
-    task = AutoPipelineForImage2Image.from_pipe(model.pipe)
-    task.set_progress_bar_config(disable=True)
-    picture = Image.effect_noise((model.size["width"], model.size["height"]), 50).convert("RGB")
-    more = dict(image=picture, strength=.7, num_inference_steps=4, output_type="latent", **model.size)
-    with guide(task, CFG(4.), "a cat", **model.encoding) as generate: ours = generate(generator=noise(), **more).images
-    stock = task("a cat", generator=noise(), **more, **model.stock(4., None), **model.encoding).images
-    assert torch.allclose(ours, stock, atol=1e-4)
+# every pipeline of diffusers that has one of these tasks and CFG of its own: FLUX.2 and Sana begin from no picture but klein's to fill in
+KINDS = {"sdxl": "StableDiffusionXL{}", "sd15": "StableDiffusion{}", "sd3": "StableDiffusion3{}", "flux1": "Flux{}", "chroma": "Chroma{}", "qwen_image": "QwenImage{}", "z_image": "ZImage{}",
+         "flux2_klein": "Flux2Klein{}"}
+TASKS = [(name, task) for name in KINDS for task in ("img2img", "inpaint") if (name, task) != ("flux2_klein", "img2img")]
+
+
+def from_a_picture(model, task):
+    "(a stock pipeline of the model's parts that draws from a picture, its arguments)."
+    pipe = getattr(diffusers, KINDS[model.name].format({"img2img": "Img2Img", "inpaint": "Inpaint"}[task]) + "Pipeline").from_pipe(model.pipe)
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("prompt_template_encode", "prompt_template_encode_start_idx"):                 # Qwen-Image's, made short
+        if hasattr(model.pipe, name): setattr(pipe, name, getattr(model.pipe, name))
+    picture = Image.effect_noise((model.size.get("width", 16), model.size.get("height", 16)), 50).convert("RGB")
+    mask = dict(mask_image=Image.linear_gradient("L").resize(picture.size)) if task == "inpaint" else {}
+    return pipe, dict(image=picture, strength=.7, num_inference_steps=4, output_type="latent", **mask, **model.size)
+
+
+@pytest.mark.parametrize("model, task", TASKS, indirect=["model"])
+def test_cfg_equals_stock_in_other_tasks(model, task):
+    "As `test_cfg_equals_stock`, for two pictures of a prompt."
+    pipe, given = from_a_picture(model, task)
+    def ours(rule, **more):
+        with guide(pipe, rule, "a cat", negative_prompt="a dog", num_images_per_prompt=2, **model.encoding, **more) as generate:
+            return generate(generator=noise(), **given).images
+    def theirs(scale): return pipe(prompt="a cat", num_images_per_prompt=2, generator=noise(), **given, **model.stock(scale, "a dog"), **model.encoding).images
+    stock = theirs(4.)
+    assert torch.allclose(ours(CFG(4.)), stock, atol=1e-4) and not torch.allclose(theirs(1.), stock, atol=1e-3)
+    if model.border.exact: assert torch.equal(ours(CFG(4.), max_rows=2 if model.border.asked_twice else None), stock)
+
+
+def test_a_network_that_was_trained_to_inpaint():
+    "It reads nine channels, the mask and the rest of the picture beside x_t, and answers in four."
+    torch.manual_seed(0)
+    model = sd15(in_channels=9)
+    model.name = "sd15"
+    pipe, given = from_a_picture(model, "inpaint")
+    with guide(pipe, CFG(4., adapter=0), "a cat") as generate: ours = generate(generator=noise(), **given).images
+    assert torch.equal(ours, pipe("a cat", guidance_scale=4., generator=noise(), **given).images)
+    with guide(pipe, every(CFG(4., adapter=0), 2), "a cat", max_rows=1) as generate: assert generate(generator=noise(), **given).images.isfinite().all()
+
+
+@pytest.mark.parametrize("model, task", TASKS, indirect=["model"])
+def test_every_rule_runs_in_other_tasks(model, task):
+    "Each that runs from text alone; in one call."
+    pipe, given = from_a_picture(model, task)
+    (calls, hook), rules = calls_of(model.model), [name for of, name in PAIRS if of == model.name and not is_refused(of, name)] or [*known_rules()]
+    for name in rules:
+        with guide(pipe, made(name), "a cat", **further(made(name)), **model.encoding) as generate:
+            assert generate(generator=noise(), **given | dict(num_inference_steps=2, strength=.5)).images.isfinite().all()
+    hook.remove()
+    assert len(calls) == len(rules) > 20
 
 
 @pytest.mark.parametrize("name", ["flux1", "flux2_klein"])

@@ -109,10 +109,13 @@ def test_references_of_a_way_share_what_its_name_says(evidence):
 
 
 def test_an_experiment_from_teaching_to_its_table(evidence, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "EXPERIMENTS", {"small": evidence.Experiment(["short; same place"], ["pixel_the_cat"], lambda: [ConsistencyGuidance(3., 2.)], steps=2)})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"small": evidence.Experiment(["short; same place"], ["pixel_the_cat"], lambda: {name: r for name, r in evidence.steered().items() if name.startswith("consistency")}, steps=2)})
     evidence.run(tmp_path / "work", "small")
     table = pd.read_csv(tmp_path / "small.csv")
-    assert table.pictures.sum() == 10 and set(table.rule) == {"consistency 3/2"} and set(table.trained) == {"short"} and set(table.regime) == {"same place"}
+    assert set(table.family) == {"consistency", "consistency, judge forward", "consistency, judge backward"}
+    asked = table.groupby("rule")[["style", "background"]].mean().mean(axis=1)
+    assert asked["consistency 3/2, judge backward"] > asked["consistency 3/2"] + .05                     # it was asked, and says so
+    assert table.pictures.sum() == 3 * 10 and set(table.trained) == {"short"} and set(table.regime) == {"same place"}
     assert table.shared_place.between(0, 1).all()
     monkeypatch.setattr(evidence, "BOTH", ["short; varied"])
     monkeypatch.setattr(evidence, "ALL", ["pixel_the_cat", "mocha_the_cup"])

@@ -10,7 +10,7 @@ from diffusers import (
     AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, ChromaPipeline, ChromaTransformer2DModel, DDIMScheduler,
     FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel,
     QwenImagePipeline, QwenImageTransformer2DModel, SanaPipeline, SanaTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline,
-    StableDiffusionPipeline, UNet2DConditionModel, ZImagePipeline, ZImageTransformer2DModel)
+    StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel, ZImagePipeline, ZImageTransformer2DModel)
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Model, T5Config, T5EncoderModel)
 
 from parallel_rescale.machine.architectures import border_of, denoiser_of
-from parallel_rescale.tools.embedded import TINY_SDXL
+from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Tiny:
     def border(self): return border_of(self.model)
 
 
-def vae(**more):
-    return AutoencoderKL(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+def vae(latent_channels=4, **more):
+    return AutoencoderKL(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=latent_channels,
                          up_block_types=("UpDecoderBlock2D",) * 2, **more)
 
 
@@ -85,8 +85,9 @@ def guidance_scale(scale, negative): return dict(guidance_scale=scale, negative_
 def true_cfg_scale(scale, negative): return dict(true_cfg_scale=scale, negative_prompt=negative or "")
 
 
-def sd15():
-    unet = UNet2DConditionModel(sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
+def sd15(in_channels=4):
+    "With 9 channels it is one of those that were trained to inpaint."
+    unet = UNet2DConditionModel(sample_size=16, in_channels=in_channels, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
                                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
     encoder, tokenizer = clip(CLIPTextModel)
     return Tiny(StableDiffusionPipeline(unet=unet, vae=vae(), text_encoder=encoder, tokenizer=tokenizer, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
@@ -95,12 +96,12 @@ def sd15():
 
 def sd3():
     """SD3.5's blocks: normed queries, and in the first a second attention of the picture alone; SD3 is the same without. With no T5, as
-    people run it on small cards: the pipeline puts zeros in its place."""
-    transformer = SD3Transformer2DModel(sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+    people run it on small cards: the pipeline puts zeros in its place. Its pipeline for inpainting insists on 16 channels."""
+    transformer = SD3Transformer2DModel(sample_size=16, patch_size=1, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
                                         num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
                                         qk_norm="rms_norm", dual_attention_layers=(0,))
     (first, tokenizer), (second, _) = [clip(CLIPTextModelWithProjection, projection_dim=32) for _ in range(2)]
-    return Tiny(StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=first,
+    return Tiny(StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(16, shift_factor=.1), text_encoder=first,
                                          tokenizer=tokenizer, text_encoder_2=second, tokenizer_2=tokenizer, text_encoder_3=None,
                                          tokenizer_3=None), guidance_scale)
 
@@ -121,6 +122,7 @@ def chroma():
     transformer = ChromaTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
                                            joint_attention_dim=32, axes_dims_rope=[4, 4, 8], approximator_hidden_dim=32, approximator_layers=1,
                                            approximator_num_channels=16)
+    transformer.register_to_config(guidance_embeds=False)      # its inpainting pipeline reads FLUX.1's setting (diffusers 0.42)
     return Tiny(ChromaPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(shift_factor=.1), text_encoder=t5(), tokenizer=letters()),
                 guidance_scale, dict(max_sequence_length=12), WIDE)
 
@@ -185,14 +187,19 @@ def flux2_klein():
     return _flux2(Flux2KleinPipeline, False, stock)
 
 
+def sdxl():
+    "The embedded model; tests of its own make it otherwise, so it is not among `MODELS`."
+    return Tiny(load_tiny_sdxl(StableDiffusionXLPipeline), guidance_scale, size=dict(height=64, width=64))
+
+
 MODELS = {f.__name__: f for f in (sd15, sd3, flux1, chroma, qwen_image, z_image, sana, flux2_dev, flux2_klein)}
 
 
 def tiny(name, adapter="subject") -> Tiny:
-    "The tiny pipeline of a name in `MODELS`, the same at every call, with a random LoRA."
+    "The tiny pipeline of a name in `MODELS`, or sdxl, the same at every call, with a random LoRA."
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    made = MODELS[name]()
+    made = (MODELS | dict(sdxl=sdxl))[name]()
     torch.manual_seed(1)
     if adapter: made.model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter_name=adapter)
     return made

@@ -10,7 +10,7 @@ __all__ = ['load_pipeline', 'image_bytes', 'Worker', 'share', 'local_results', '
 import io, os, time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .questions import noise_seed, Truth
+from .questions import noise_seed, Steered, Truth
 from .scorers import score
 from .store import done_jobs, Job, load_scores, make_plan, open_results
 from .store import image_name, Plan, save_result, SCORES
@@ -97,10 +97,13 @@ class Worker:
         self.load(case)
         noun, token, style = case.references.class_noun, self.pipe.subject.token, case.style_prompt
         further = {b.prompt: style for b in rule.branches if b.prompt in ("reference", "subject_reference")}
-        return self.pipe([subject_prompt(p.text, token) for p in prompts], guidance=rule,
-                         base_prompt=[base_prompt(p.text, noun) for p in prompts], prompts=further or None,
-                         generator=[torch.Generator().manual_seed(n) for n in noise],
-                         max_rows=self.plan.max_rows, **self.plan.sampler).images
+        steering = rule.around(self.pipe, prompts, noise) if isinstance(rule, Steered) else nullcontext()
+        with steering:
+            return self.pipe([subject_prompt(p.text, token) for p in prompts], guidance=rule,
+                             base_prompt=[base_prompt(p.text, noun) for p in prompts],
+                             prompts=further or None, max_rows=self.plan.max_rows,
+                             generator=[torch.Generator().manual_seed(n) for n in noise],
+                             **self.plan.sampler).images
 
     def load(self, case):
         "Load the case's subject in place of another's."

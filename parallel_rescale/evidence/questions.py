@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['PROMPT_FILE', 'PROMPT_SETS', 'PLACES', 'TRUTHS', 'prompt_data', 'tinyworld_prompts', 'prompt_set', 'Case', 'case',
-           'as_cases', 'through_vae', 'Truth', 'as_rule', 'named_rules', 'noise_seed']
+           'as_cases', 'through_vae', 'Truth', 'judge_misses', 'Steered', 'as_rule', 'named_rules', 'noise_seed']
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #i000
 import hashlib, json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 
 from .scorers import Prompt, References
 from ..machine.saved_subject import Subject
+from ..machine.universal import universal
 from ..method.guidance import Guidance
 from ..method.registry import label, rule as parse_rule
+from ..method.schedules import _Wrapper
 from ..method.style_contrast import reference_prompt
 from ..subject.references import as_references
 from ..tools.util import check_name, PACKAGE
+from ..world.judge import load_judge
 from ..world.tinyworld import BACKGROUNDS, caption, random_pose, reference_set, render
 from ..world.tinyworld import STYLES, SUBJECTS
 from ..subject.adapters import decode, encode
@@ -170,6 +173,47 @@ class Truth:
         images = np.stack([_true_image(instance, p, n) for p, n in zip(prompts, noise)])
         if self.needs_vae: images = through_vae(images, vae)
         return [Image.fromarray(image) for image in images]
+
+# %% ../../nbs/5_evidence/03_questions.ipynb #s002
+def judge_misses(prompts):
+    "For `Steered`: how far TinyWorld's judge is from seeing the style and the place of each prompt, [B]."
+    if unnamed := [p.text for p in prompts if p.style is None or p.background is None]:
+        raise ValueError(f"judge_misses: the prompt {unnamed[0]!r} names no style and place of TinyWorld")
+    wanted = {"style": [STYLES.index(p.style) for p in prompts],
+              "background": [BACKGROUNDS.index(p.background) for p in prompts]}
+    def loss(pictures): # [B, 3, 64, 64] in about [-1, 1] → [B]
+        seen = load_judge(device=str(pictures.device))(pictures.float())
+        return sum(F.cross_entropy(seen[head], torch.tensor(numbers, device=pictures.device),
+                                   reduction="none") for head, numbers in wanted.items())
+    return loss
+
+# %% ../../nbs/5_evidence/03_questions.ipynb #s004
+@dataclass(frozen=True, repr=False)
+class Steered(_Wrapper):
+    "A rule under universal guidance (arXiv 2302.07121), by a loss that is made for the prompts of a batch."
+    losses: Callable = judge_misses  # prompts → ℓ, which is pictures [B, 3, H, W] → [B]
+    forward: float = 0.              # these four as in `universal`
+    backward: int = 0
+    rate: float = 1.
+    repeats: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.losses):
+            raise ValueError(f"Steered: losses must be a function of prompts, got {self.losses!r}")
+
+    @property
+    def label(self): return f"{self.rule.label}, {self.losses.__name__.replace('_', ' ')}"
+    def __repr__(self):
+        return f"{self.label} ({self.forward:g}, {self.backward}, {self.rate:g}, {self.repeats})"
+    def step(self, i, n, memory): return self.rule.step(i, n, memory)
+
+    def around(self, pipe, prompts, noise):
+        """A context in which the pipeline's pictures of these prompts are steered; what is done again has
+        noise that follows from `noise`."""
+        fresh = [torch.Generator().manual_seed(n + 1) for n in noise]
+        return universal(pipe, self.losses(prompts), forward=self.forward, backward=self.backward,
+                         rate=self.rate, repeats=self.repeats, generator=fresh)
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #n017as
 def as_rule(r):
