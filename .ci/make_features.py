@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX, TESTS = "nbs/index.ipynb", [f"tests/test_{name}.py" for name in (
-    "borders", "guider", "flow_matching", "finetune", "several")]
+    "borders", "guider", "flow_matching", "finetune")]
 START, END = "<!-- features: made by .ci/make_features.py -->", "<!-- /features -->"
 # as they are called in the tests, in the order of the table
 MODELS = dict(sdxl="SDXL", sd15="SD 1.5", sd3="SD 3 and 3.5", flux1="FLUX.1", flux2_dev="FLUX.2 dev", flux2_klein="FLUX.2 klein",
@@ -23,8 +23,7 @@ EQUAL = {"test_cfg_is_the_stock_pipelines_own": ("from text", None), "test_cfg_e
 ALL = "test_every_rule_runs_in_other_tasks"
 TASKS = ["from text", "img2img", "inpaint"]
 # test → (column, the word in its brackets or None → model)
-MORE = {"test_two_adapters_in_one_pipeline": ("several subjects", {None: "sdxl"}),
-        "test_every_subject_has_its_own_lora": ("several subjects", {name: name for name in MODELS}),
+MORE = {"test_every_subject_has_its_own_lora": ("several subjects", {name: name for name in MODELS}),
         "test_stock_diffusers_loads_the_same_model": ("fine-tuned", {None: "sdxl"}),
         "test_the_stock_pipeline_loads_it_and_paints_something_else": ("fine-tuned", dict(sd3="sd3", flux="flux1", z_image="z_image"))}
 
@@ -49,7 +48,7 @@ def source_of(kind) -> str:
 def counted(heading: str, root=ROOT) -> dict:
     "First column → the others, of the table under a heading of benchmarks/memory.md."
     page = (root / "benchmarks/memory.md").read_text(encoding="utf-8")
-    lines = [line.strip("| ").split(" | ") for line in page.split(f"## {heading}")[1].split("##")[0].splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.split(f"## {heading}")[1].split("##")[0].splitlines() if line.startswith("|")]
     return {name.strip("`"): values for name, *values in lines[2:]}
 
 
@@ -85,8 +84,7 @@ def model_rows(tests: list) -> list:
     from parallel_rescale.method.registry import known_rules
     rules, rows = set(known_rules()), []
     for model, title in MODELS.items():
-        ran = {w for test, words in tests for w in words if test == "test_every_rule_runs" and model in words
-               or test == "test_a_guider_is_the_rule" and model == "sdxl"} & rules
+        ran = {w for test, words in tests for w in words if test == "test_every_rule_runs" and model in words} & rules
         equal = {task or word for test, words in tests if test in EQUAL for task, of in [EQUAL[test]]
                  if (of or model) == model and (of or model in words) for word in words if task or word in TASKS}
         more = {column for test, words in tests if test in MORE for column, of in [MORE[test]]
@@ -96,6 +94,11 @@ def model_rows(tests: list) -> list:
             rows.append({"model": title, **{t: " ".join([str(len(ran))] * (t in runs and bool(ran)) + ["✓"] * (t in equal)) for t in TASKS},
                          **{column: "✓" * (column in more) for column in ("several subjects", "fine-tuned")}})
     return rows
+
+
+def weights(root=ROOT) -> str:
+    "What SDXL's weights take, as benchmarks/memory.md has it."
+    return re.search(r"together ([\d.]+)\.", (root / "benchmarks/memory.md").read_text(encoding="utf-8"))[1]
 
 
 def spread(values) -> str:
@@ -116,7 +119,8 @@ def block(tests=None) -> str:
     return "\n\n".join([
         START, "What a step of each rule asks of the network, at its default scales; θ is the personalised model. *Calls*: with `guide` and "
         "`SubjectPipeline` all predictions come from one call (as a [diffusers guider](6_use/06_guider.ipynb): one call each); `every(rule, k)` asks in "
-        "full on every k-th step only. *Memory*: GiB of activations of that step for one picture of 1024² at SDXL's size in fp16, beside 6.6 of weights. "
+        "full on every k-th step only. *Memory*: GiB of activations of that step for one picture of 1024² at SDXL's size in fp16, beside "
+        f"{weights()} of weights. "
         "There was no GPU: tensors alive at once were counted ([`benchmarks/memory.md`](../benchmarks/memory.md), which has other sizes too), and kernels borrow one or two GiB more. "
         f"`max_rows=1` gives each prediction a call of its own and takes {spread(row[3] for row in counted('A step of each rule').values())} whatever the rule. "
         "[Universal guidance](2_machine/12_universal.ipynb) keeps what its gradient needs, most of it the decoder's, in float32.",

@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel,
-    StableDiffusion3Pipeline, StableDiffusionXLPipeline, ZImagePipeline, ZImageTransformer2DModel)
+    DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline)
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from safetensors.torch import load_file
-from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel,
-    T5TokenizerFast)
+from tiny_pipelines import letters, t5, tiny
 
 from parallel_rescale.machine.adapter_rows import adapter_rows
 from parallel_rescale.machine.architectures import border_of, denoiser_of
@@ -35,7 +32,7 @@ from parallel_rescale.subject.flow_matching import FLOWS, denoiser_config, level
 from parallel_rescale.subject.losses import dco_loss, min_snr_weight, mse, predict, theta_and_phi
 from parallel_rescale.subject.references import as_references
 from parallel_rescale.subject.step import loss_of, micro_batches, subject_text, train_step
-from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
+from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import quietly
 from parallel_rescale.world.tinyworld import reference_set
 
@@ -43,65 +40,23 @@ CAT = dict(class_noun="cat", token="<pixel>", resolution=32)
 NAMES = ["sd3", "flux", "z_image"]
 
 
-# models of tens of thousands of weights
+# the schedulers with the shifts that these models have
 
-def vae(): return AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-                                norm_num_groups=4, scaling_factor=1.5, shift_factor=0.06)
-
-
-def clip(tokenizer, kind):
-    return kind(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=32,
-                               max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz<>{}"
-
-
-def t5(width):
-    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in LETTERS)])
-    tokenizer.model_max_length = 512
-    return tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
-
-
-def qwen():
-    tokenizer = Qwen2Tokenizer(vocab={"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(LETTERS + ":Ġ")}, merges=[])
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
-    return tokenizer, Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
-
-
-def sd3(tokenizer):
-    transformer = SD3Transformer2DModel(sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-                                        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64)
-    one, two = (clip(tokenizer, CLIPTextModelWithProjection) for _ in range(2))
-    third, encoder = t5(64)
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(), one, tokenizer, two, tokenizer, encoder, third)
-
-
-def flux(tokenizer):
-    second, encoder = t5(32)
-    transformer = FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
-                                         pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    return FluxPipeline(scheduler, vae(), clip(tokenizer, CLIPTextModel), tokenizer, encoder, second, transformer)
-
-
-def z_image(tokenizer):
-    tokenizer, encoder = qwen()
-    transformer = ZImageTransformer2DModel(in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32])
-    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae(), encoder, tokenizer, transformer)
+SCHEDULERS = dict(sd3=dict(shift=3.0), flux=dict(shift=3.0, use_dynamic_shifting=True), z_image=dict(shift=3.0))
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     "Name → the folder of a model, as `from_pretrained` reads it."
-    folder, tokenizer = tmp_path_factory.mktemp("bases"), CLIPTokenizer.from_pretrained(TINY_SDXL, subfolder="tokenizer")
-    for n, make in enumerate((sd3, flux, z_image)):
-        torch.manual_seed(n)
-        pipe = make(tokenizer)
+    folder = tmp_path_factory.mktemp("bases")
+    for name, kind in dict(sd3="sd3", flux="flux1", z_image="z_image").items():
+        pipe = tiny(kind, adapter=None).pipe
+        pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[name]))
+        if name == "sd3": pipe.register_modules(text_encoder_3=t5(64), tokenizer_3=letters())       # saved, all parts must be there
         # the last layers of these classes begin at zero, and a velocity of zero would have no gradient
         for p in pipe.transformer.parameters():
             if not p.any(): torch.nn.init.normal_(p, std=0.05)
-        pipe.save_pretrained(folder / make.__name__)
+        pipe.save_pretrained(folder / name)
     return {name: str(folder / name) for name in NAMES}
 
 

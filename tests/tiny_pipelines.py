@@ -73,7 +73,7 @@ def letters():
     return made
 
 
-def t5(): return T5EncoderModel(T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)).eval()
+def t5(width=32): return T5EncoderModel(T5Config(vocab_size=300, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4)).eval()
 
 
 def qwen3(width=16):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .scorers import Prompt, References
 from ..machine.saved_subject import Subject
-from ..machine.universal import universal
+from ..machine.universal import scaled, universal
 from ..method.guidance import Guidance
 from ..method.registry import label, rule as parse_rule
 from ..method.schedules import _Wrapper
@@ -149,8 +149,7 @@ def _true_image(subject, prompt, seed):
 def through_vae(images, vae):
     "Images uint8 [N, H, W, 3] after a trip through an autoencoder, in float32 whatever its own precision."
     latents = encode(vae, torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, "a true image")[:, 0]
-    shift = getattr(vae.config, "shift_factor", None) or 0
-    rebuilt = decode(vae, (latents - shift) * vae.config.scaling_factor)
+    rebuilt = decode(vae, scaled(latents, vae.config))
     return ((rebuilt.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #n015

@@ -86,7 +86,8 @@ class _Call:
     "From the rule to the network: which arguments tell a prompt."
     sample, hidden = "sample", "encoder_hidden_states"     # the arguments for x_t and for a prompt's tokens
     of_one_prompt = ("mid_block_additional_residual",)     # what a ControlNet makes of one prompt
-    image = "image_embeds"                                 # what an IP-Adapter makes, among `conditions`
+    extras = "added_cond_kwargs"                           # where conditions of a prompt may stand
+    image = "image_embeds"                                 # what an IP-Adapter makes, among them
     shared = ()                                            # arguments that all rows share as they are
 
     @classmethod
@@ -97,7 +98,7 @@ class _Call:
     @classmethod
     def conditions(cls, call: Mapping) -> Mapping:
         "Where a call keeps conditions that a prompt may have of its own."
-        return call.get("added_cond_kwargs") or {}
+        return call.get(cls.extras) or {}
 
     @classmethod
     def fitted(cls, prompts: list) -> list: return prompts     # to one another, where lengths may differ
@@ -111,8 +112,8 @@ class _Call:
     def say(cls, call: Mapping, hidden, pooled, added: Mapping) -> dict:
         """The arguments that tell a prompt: tokens `hidden`, sentence `pooled` or None, and conditions
         `added`."""
-        given = call.get("added_cond_kwargs")
-        return {cls.hidden: hidden} | ({} if given is None else {"added_cond_kwargs": {**given, **added}})
+        extras = {**cls.conditions(call), **added}
+        return {cls.hidden: hidden} | ({cls.extras: extras} if extras else {})
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a007b
 class _Answer:
@@ -217,12 +218,8 @@ class SD3Border(Border):
     def fits(cls, model): return type(model).__name__ == "SD3Transformer2DModel"
 
     @classmethod
-    def conditions(cls, call): return call.get(cls.extras) or {}
-
-    @classmethod
     def say(cls, call, hidden, pooled, added):
-        extras = {cls.extras: {**cls.conditions(call), **added}} if added else {}
-        return {cls.hidden: hidden, "pooled_projections": needs_pooled(pooled), **extras}
+        return super().say(call, hidden, pooled, added) | {"pooled_projections": needs_pooled(pooled)}
 
 # %% ../../nbs/2_machine/04_architectures.ipynb #a011
 def known_borders() -> list[type[Border]]:

@@ -55,13 +55,9 @@ class _Flow(Border):
     def fits(cls, model): return type(model).__name__ in cls.models
 
     @classmethod
-    def conditions(cls, call): return call.get(cls.extras) or {}
-
-    @classmethod
     def say(cls, call, hidden, pooled, added):
         more = {k: v for k, v in added.items() if k != cls.mask}
-        return {cls.hidden: hidden} | ({cls.extras: {**cls.conditions(call), **more}} if more else {}) | (
-            {cls.mask: added.get(cls.mask)} if cls.mask else {})
+        return super().say(call, hidden, pooled, more) | ({cls.mask: added.get(cls.mask)} if cls.mask else {})
 
     @classmethod
     def heard(cls, made) -> PromptEmbeds:

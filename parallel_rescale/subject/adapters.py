@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from ..machine.architectures import denoiser_of
 from ..machine.prompts import PromptEmbeds
+from ..machine.universal import unscaled
 from ..tools.util import to_device
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c008
@@ -143,8 +144,7 @@ def encode(vae, x, name='the picture'):
 def decode(vae, latents):
     """Pictures [B, 3, H, W] in [−1, 1], float32, from latents [B, C, h, w] as a UNet and its scheduler
     leave them. FloatingPointError where they are not finite: clipped, they would be black."""
-    shift, scale = getattr(vae.config, 'shift_factor', None) or 0, vae.config.scaling_factor
-    latents = latents.to(works_on(vae), torch.float32) / scale + shift
+    latents = unscaled(latents.to(works_on(vae), torch.float32), vae.config)
     with in_float32(vae): pictures = vae.decode(latents).sample
     if not pictures.isfinite().all():
         raise FloatingPointError("the VAE gives pictures that are not finite; take another one (vae=…)")

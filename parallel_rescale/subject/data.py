@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np, torch
 
+from ..machine.universal import scaled
 from .adapters import encode
 from .checkpoints import step_generator
 from .references import crop_square
@@ -53,7 +54,7 @@ def encode_images(vae, pictures, names=None):
 def sample_latents(moments, noise, vae_config):
     "Latents [B, C, h, w] drawn from posteriors [B, 2, C, h, w], scaled as the UNet wants them."
     mean, std = moments.unbind(1)
-    return (mean + std * noise - (getattr(vae_config, 'shift_factor', None) or 0)) * vae_config.scaling_factor
+    return scaled(mean + std * noise, vae_config)
 
 # %% ../../nbs/3_subject/08_data.ipynb #c030
 def cache_images(pipe, references, resolution, crop, seed, kind='picture'):
