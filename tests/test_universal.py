@@ -5,9 +5,12 @@ from accelerate.hooks import CpuOffload
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
     HeunDiscreteScheduler, UniPCMultistepScheduler)
+from test_borders import further, made
+from tiny_pipelines import tiny
 
 from parallel_rescale import APG, CFG, ParallelRescale, Record, SubjectPipeline, every, guide
 from parallel_rescale.machine.universal import noise_levels, universal
+from parallel_rescale.method.registry import known_rules
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import PACKAGE
 
@@ -41,6 +44,18 @@ def test_each_scheduler_is_steered_and_repeated(pipe, kind):
         assert again.isfinite().all() and 0 < (again - plain).abs().max() and again.std() < 2 * plain.std()
         assert pipe.scheduler.step == step
     finally: pipe.scheduler = own
+
+
+def test_every_rule_is_steered():
+    "The gradient goes through what each of them makes of its predictions, and stays finite."
+    model = tiny("sd15")
+    def drawn(name, **how):
+        rule = made(name)
+        with universal(model.pipe, dark, **how), guide(model.pipe, rule, "a cat", **further(rule)) as generate:
+            return generate(generator=noise(), num_inference_steps=2, output_type="latent").images
+    for name in known_rules():
+        plain, steered = drawn(name), drawn(name, forward=50.)
+        assert steered.isfinite().all() and not torch.allclose(steered, plain, atol=1e-3), name
 
 
 def test_pictures_of_a_batch_do_not_influence_one_another_and_calls_may_be_split(pipe):
@@ -91,7 +106,6 @@ def test_levels_of_two_stage_schedulers_are_those_of_their_steps(pipe):
 
 
 def test_a_flow_model_is_steered():
-    from tiny_pipelines import tiny
     sd3 = tiny("sd3", adapter=None).pipe
     def drawn(**how):
         with guide(sd3, CFG(3., adapter=0), "a cat", base_prompt="a cat") as generate, universal(sd3, lambda x: x.square().mean((1, 2, 3)), decode=False, **how):
@@ -122,7 +136,6 @@ def test_half_precision_loses_no_small_gradient(pipe):
 
 @pytest.mark.parametrize("name", ["flux1", "flux2_klein", "qwen_image", "sana"])
 def test_each_model_tells_the_step_in_its_own_way(name):
-    from tiny_pipelines import tiny
     made, seen = tiny(name, adapter=None), []
     def small(x): return x.square().flatten(1).mean(1)
     def drawn(**how):
@@ -134,7 +147,6 @@ def test_each_model_tells_the_step_in_its_own_way(name):
 
 
 def test_models_that_cannot_be_steered_are_named_before_any_work():
-    from tiny_pipelines import tiny
     for name, decode, said in (("z_image", False, "Z-Image"), ("flux1", True, "decode=False")):
         with pytest.raises(ValueError, match=said), universal(tiny(name, adapter=None).pipe, dark, backward=1, decode=decode): pass
 
@@ -191,7 +203,6 @@ def test_checkpointing_of_the_decoder_but_not_of_the_denoiser(pipe):
 
 
 def test_a_network_compiled_in_place_is_compiled_once():
-    from tiny_pipelines import tiny
     pipe, compiled = tiny("sd15", adapter=None).pipe, []
     def backend(graph, inputs): compiled.append(graph); return graph.forward
     def drawn(steps):
