@@ -40,7 +40,8 @@ WITHOUT_DEVICE = {  # module.function → why its factories may stand without de
     "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
     "world_scorers._probability": "an index, which indexing takes from the CPU too",
     "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
-    "training2": "as training",
+    "training2": "as training", "judge2": "as training", "axes.decoder_metric": DRAWN,
+    "model.paint": DRAWN,
     "toy": ON_CPU, "explainers": ON_CPU,
 }
 

@@ -16,7 +16,7 @@ def decoder_metric(vae, latents, generator=None, batch=8):
     total = 0
     for z in latents.contiguous().split(batch):
         signs = torch.randint(2, (len(z), 1, *z.shape[2:]), generator=generator).to(z) * 2 - 1
-        ways = [signs * one.view(1, -1, 1, 1) for one in torch.eye(z.shape[1]).to(z)]
+        ways = [signs * one.view(1, -1, 1, 1) for one in torch.eye(z.shape[1], device=z.device)]
         moved = [torch.func.jvp(lambda x: vae.decode(x).sample, (z,), (way,))[1].flatten() for way in ways]
         moved = torch.stack(moved, 1).detach()
         total = total + moved.T @ moved
@@ -33,14 +33,16 @@ def picture_axes(metric, covariance, least=.1):
 # %% ../../nbs/4_world/12_axes.ipynb #c011
 def _turned_encoder(new, vae, axes, mean):
     k, c = axes.shape; squares = axes.square()
-    into = torch.zeros(2 * k, 2 * c)                   # means, then logarithms of variances
+    # means, then logarithms of variances
+    into = torch.zeros(2 * k, 2 * c, device=axes.device)
     into[:k, :c], into[k:, c:] = axes, squares / squares.sum(1, keepdim=True)
     into, shift = into @ vae.quant_conv.weight[..., 0, 0], into @ vae.quant_conv.bias
     shift = shift + torch.cat([-axes @ mean, squares.sum(1).log()])
     last, old = new.encoder.conv_out, vae.encoder.conv_out
     last.weight.copy_(torch.einsum("om,mihw->oihw", into, old.weight))
     last.bias.copy_(into @ old.bias + shift)
-    new.quant_conv.weight.copy_(torch.eye(2 * k)[..., None, None]); new.quant_conv.bias.zero_()
+    new.quant_conv.weight.copy_(torch.eye(2 * k, device=axes.device)[..., None, None])
+    new.quant_conv.bias.zero_()
 
 # %% ../../nbs/4_world/12_axes.ipynb #c011a
 def _turned_decoder(new, vae, axes, mean):
@@ -52,7 +54,7 @@ def _turned_decoder(new, vae, axes, mean):
     first, old = new.decoder.conv_in, vae.decoder.conv_in
     first.weight.copy_(torch.einsum("oihw,ik->okhw", old.weight, back))
     first.bias.copy_(old.bias + torch.einsum("oihw,i->o", old.weight, shift - back @ carried))
-    new.post_quant_conv.weight.copy_(torch.eye(len(axes))[..., None, None])
+    new.post_quant_conv.weight.copy_(torch.eye(len(axes), device=axes.device)[..., None, None])
     new.post_quant_conv.bias.copy_(carried)
 
 # %% ../../nbs/4_world/12_axes.ipynb #c011b
@@ -71,7 +73,7 @@ def _find_axes(vae, pictures, seed):
     "Axes and mean for `vae` from pictures [N, 3, H, W]."
     latents = torch.cat([vae.encode(p).latent_dist.mean for p in pictures.split(64)])
     flat = latents.transpose(0, 1).flatten(1)
-    metric = decoder_metric(vae, latents[::4], torch.Generator(latents.device).manual_seed(seed))
+    metric = decoder_metric(vae, latents[::4], torch.Generator().manual_seed(seed))
     return dict(axes=picture_axes(metric, torch.cov(flat)).cpu(), mean=flat.mean(1).cpu())
 
 # %% ../../nbs/4_world/12_axes.ipynb #c031
