@@ -156,6 +156,7 @@ def test_a_fault_of_the_program_is_one_line_too(subject, monkeypatch):
     assert "KeyError" in refused("info", subject) and "--debug" in refused("info", subject)
 
 
+@pytest.mark.slow                                # .ci/run runs the demo itself
 def test_demo_compares_the_rules(tmp_path):
     from parallel_rescale.use.demo import DEMO_PROMPTS, DEMO_RULES
     folder = tmp_path / "demo"

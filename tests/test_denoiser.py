@@ -622,7 +622,7 @@ def test_one_row_filter_serves_all_layers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["in place", "whole", "regional"])
+@pytest.mark.parametrize("how", ["in place", pytest.param("whole", marks=pytest.mark.slow), "regional"])
 def test_compiled_once_for_each_arrangement_of_rows(how):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()

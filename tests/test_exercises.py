@@ -71,7 +71,10 @@ def test_an_exercise_waits_while_it_is_open(path):
         assert "<details>" in found[i + 1][2], f"{path.name}: exercise {found[i][0]} has no solution"
 
 
-@pytest.mark.parametrize("path", WITH, ids=lambda p: p.stem)
+SLOW = {"reading_a_run.ipynb"}                           # solutions that need a training
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW)) for p in WITH], ids=lambda p: p.stem)
 def test_every_exercise_is_solved_by_its_solution(path, monkeypatch, tmp_path):
     import matplotlib
     matplotlib.use("Agg")

@@ -61,6 +61,7 @@ def test_an_installed_plugin_is_known_everywhere(tmp_path):
     assert (tmp_path / "sample.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_plugin_that_fails_is_one_warning(tmp_path):
     project, _, _ = tutorial_texts()
     site = install(tmp_path, project, "import a_module_that_is_not_there\n")
