@@ -47,7 +47,7 @@ def test_memory_is_that_of_the_recorded_table(features):
 
 
 def test_memory_is_counted_as_the_script_counts_it(monkeypatch):
-    "One line of the recorded table, again; the other lines take the script five minutes."
+    "One line of the recorded table, again; the other lines take the script minutes."
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     memory = import_module("memory")
     with torch.device("meta"): unet = memory.UNet2DConditionModel(**memory.UNET).half().eval()

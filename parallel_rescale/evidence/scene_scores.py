@@ -13,7 +13,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .scorers import Prompt, References
 from .world_scorers import appearance, ORACLE, whitening
 from ..tools.util import check_name
 from ..world.captions import asked
