@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from parallel_rescale.world.model import main2
+from parallel_rescale.world.model import main
 
 torch.set_num_threads(1)
 folder, seconds, stages = (sys.argv[1:] + [None, None, None][len(sys.argv) - 1:])[:3]
-main2(folder, stages=(stages or "vae,painter").split(","), start=Path(__file__).parent, limit_seconds=float(seconds) if seconds else None)
+main(folder, stages=(stages or "vae,painter").split(","), start=Path(__file__).parent, limit_seconds=float(seconds) if seconds else None)
