@@ -32,7 +32,7 @@ PICTURES = "from a picture or table in the memory of the CPU; the caller moves i
 ON_CPU = "the toy lives on the CPU"
 WITHOUT_DEVICE = {  # module.function → why its factories may stand without device=
     "consistency._noise": DRAWN, "data.random_choices": DRAWN,
-    "data.crop_squares": PICTURES, "data.encode_images": PICTURES, "questions.through_vae": PICTURES, "judge.as_tensor": PICTURES,
+    "data.crop_squares": PICTURES, "data.encode_images": PICTURES, "questions.through_vae": PICTURES,
     "step.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
     "adapter_rows._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
     "attention_rows._column": "a number for each row, then moved",
@@ -40,7 +40,7 @@ WITHOUT_DEVICE = {  # module.function → why its factories may stand without de
     "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
     "world_scorers._probability": "an index, which indexing takes from the CPU too",
     "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
-    "training2": "as training", "judge2": "as training", "axes.decoder_metric": DRAWN,
+    "painter": "as training", "judge": "as training", "axes.decoder_metric": DRAWN,
     "model.paint": DRAWN,
     "toy": ON_CPU, "explainers": ON_CPU,
 }
@@ -125,15 +125,15 @@ def test_the_denoiser_stays_on_its_device(unet, rule, max_rows, monkeypatch):
     prompts = {b.prompt: prompt() for b in rule.branches}
     with torch.no_grad(), guided(unet, rule, prompts, scheduler=scheduler, max_rows=max_rows), Accelerator():
         for t in scheduler.timesteps.tolist():
-            assert unet(far(2, 4, 16, 16), t, **CALL).sample.device.type == "meta"
+            assert unet(far(2, unet.config.in_channels, 16, 16), t, **CALL).sample.device.type == "meta"
 
 
 def test_prompts_on_the_cpu_are_brought_to_the_latents(unet, monkeypatch):
     monkeypatch.setattr(denoiser, "_check_finite", lambda *_: None)
     here = {name: PromptEmbeds(torch.randn(1, 32, 128), torch.randn(1, 64)) for name in ("null", "base", "subject")}
-    with torch.no_grad(), guided(unet, ParallelRescale(), here), Accelerator(): unet(far(2, 4, 16, 16), 500, **CALL)
+    with torch.no_grad(), guided(unet, ParallelRescale(), here), Accelerator(): unet(far(2, unet.config.in_channels, 16, 16), 500, **CALL)
 
 
 def test_scales_made_for_the_cpu_follow_the_batch(unet):
     with adapter_rows(unet, [0., 1.], like=torch.empty(0)):             # as under offloading
-        with torch.no_grad(), Accelerator(): unet(far(2, 4, 16, 16), 500, **CALL)
+        with torch.no_grad(), Accelerator(): unet(far(2, unet.config.in_channels, 16, 16), 500, **CALL)

@@ -122,8 +122,8 @@ def info(subject: SubjectFolder,
 # %% ../../nbs/6_use/05_cli.ipynb #c032
 _MEASURED = typer.Argument(show_default=False, help="Saved subjects: FOLDER, or FOLDER=PICTURES with the "
                            "folder of its reference pictures (or the name of one of TinyWorld's subjects).")
-_ASKED = typer.Option(help="tinyworld20, tinyworld, stylised, dreambench_object, dreambench_live, or a .txt "
-                      "or .json file.")
+_ASKED = typer.Option(help="places, tinyworld, dreambench, hard; for photographs stylised, dreambench_object, "
+                      "dreambench_live; or a .txt or .json file.")
 _RESULTS = typer.Option(help="Results folder; the same evaluation goes on in it.")
 _SCORES = [
     option("scorer", list[str], None, "judge, oracle, leak, clip, dino, siglip; a model after a colon. "
@@ -179,14 +179,18 @@ _BETWEEN = typer.Argument(help="Folder for everything in between; a run that was
 @app.command("train-tiny")
 @plain_errors
 @with_options(option("output", Path, None, "Folder for the finished model. Default: WORK/tiny_sdxl."),
-              *shared("seed", "device"))
+              option("start", Path, None, "Folder of stored weights to begin from. Default: from nothing."),
+              option("samples", int, None, "That the painter sees. Default: the recipe's."),
+              option("judge_samples", int, None, "That the judge sees. Default: the recipe's."),
+              option("seed", int, 0, "Of pictures, first weights and draws."), *shared("device"))
 def train_tiny(work: Annotated[Path, _BETWEEN] = Path("runs/tiny_sdxl"),
                recipe: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
                processes: Annotated[int, typer.Option(min=1, help="That render pictures.")] = 2,
-               *, output=None, seed, device=None):
-    "Train the embedded model itself, from nothing."
-    from parallel_rescale.world.training import main as train
-    train(work, output, recipe, seed, device, processes)
+               *, output=None, start=None, samples=None, judge_samples=None, seed=0, device=None):
+    "Train the embedded model itself, and its judge, from nothing."
+    from parallel_rescale.world.model import main as train
+    train(work, output, recipe, seed, device, processes, start, samples, judge_samples)
+
 
 # %% ../../nbs/6_use/05_cli.ipynb #c055a1
 def main():

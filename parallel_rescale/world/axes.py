@@ -78,11 +78,10 @@ def _find_axes(vae, pictures, seed):
 
 # %% ../../nbs/4_world/10_axes.ipynb #c031
 @torch.no_grad()
-def axes_stage(work, vae, pictures, start=None, seed=0):
-    "`vae` on the axes kept in `work`, or in `start`, or else on those that `pictures` [N, 3, H, W] tell."
+def axes_stage(work, vae, pictures=None, seed=0):
+    "`vae` on the axes kept in `work`; where none are, on those that `pictures` [N, 3, H, W] tell."
     from safetensors.torch import load_file, save_file
-    file, stored = Path(work) / "axes.safetensors", Path(start or work) / "axes.safetensors"
-    if not file.exists():
-        save_file(load_file(stored) if stored.exists() else _find_axes(vae, pictures, seed), file)
+    if not (file := Path(work) / "axes.safetensors").exists(): save_file(_find_axes(vae, pictures, seed), file)
     found = {k: v.to(vae.device) for k, v in load_file(file).items()}
     return turn_latents(vae, found["axes"], found["mean"]).to(vae.device)
+

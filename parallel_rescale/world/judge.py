@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JUDGE_FILE', 'Judge', 'supervised_contrastive', 'judge_loss', 'judge_stage', 'judge_report', 'calibrate',
-           'load_judge', 'as_tensor', 'judge_images']
+           'load_judge', 'judge_images']
 
 # %% ../../nbs/4_world/11_judge.ipynb #c002
 from functools import lru_cache
@@ -17,7 +17,8 @@ from torch import nn
 from ..tools.util import PACKAGE
 from .pictures import VECTOR_NAMES
 from .scenes import ATTRIBUTES
-from .training import stage, to_tensor
+from .training import as_tensor, stage
+
 
 # %% ../../nbs/4_world/11_judge.ipynb #c005
 class _Block(nn.Module):
@@ -71,23 +72,35 @@ def judge_loss(answers, labels, instance, vector):
         answers["identity"].float(), instance)
 
 # %% ../../nbs/4_world/11_judge.ipynb #c016
-def judge_stage(work, recipe, pictures, facts, device="cpu", seed=0, start=None, **options):
-    "Train the judge on batches of 16 instances in four pictures each. Returns as `vae_stage`."
+def _batch_of(pictures, facts, who, p, device):
+    "Pictures, labels, instances and vectors of individuals `who` [K] in `p` pictures each."
+    rows = (who.sort().values[:, None] * p + torch.arange(p)).flatten().numpy()
+    truth = [torch.from_numpy(facts[k][rows]).to(device) for k in ("labels", "instance", "vector")]
+    return as_tensor(pictures[rows], device), truth[0].long(), *truth[1:]
+
+def _classmates(cls, generator, n=16):
+    "Numbers of `n` individuals (fewer where there are no more) of two random classes; `cls` [K]."
+    two = cls.unique()[torch.randperm(len(cls.unique()), generator=generator)[:2]]
+    pool = torch.isin(cls, two).nonzero()[:, 0]
+    return pool[torch.randperm(len(pool), generator=generator)[:n]]
+
+def judge_stage(work, recipe, pictures, facts, device="cpu", seed=0, start=None):
+    """Train the judge on batches of 16 individuals of two classes in all their pictures, the last twentieth
+    left out; returns its moving average."""
     torch.manual_seed(seed)
     judge, p = Judge().to(device), recipe["per_instance"]
     n = len(pictures) // p; n -= max(n // 20, 1)
+    cls = torch.from_numpy(facts["labels"][::p, 0][:n].astype(int))    # classmates are hard to tell apart
     def loss_fn(step, generator):
-        who = torch.randperm(n, generator=generator)[:16].sort().values
-        rows = (who[:, None] * p + torch.arange(p)).flatten().numpy()
-        labels, instance, vector = (torch.from_numpy(facts[k][rows]).to(device)
-                                    for k in ("labels", "instance", "vector"))
-        level = torch.rand(len(rows), 1, 1, 1, generator=generator) * .08        # pictures may be noisy
-        noise = level * torch.randn(len(rows), 3, 64, 64, generator=generator)
-        answers = judge((to_tensor(pictures[rows]) + noise).to(device))
-        loss = judge_loss(answers, labels.long(), instance, vector)
+        who = _classmates(cls, generator)
+        seen, labels, instance, vector = _batch_of(pictures, facts, who, p, device)
+        level = torch.rand(len(seen), 1, 1, 1, generator=generator) * .08        # pictures may be noisy
+        noise = level * torch.randn(seen.shape, generator=generator)
+        loss = judge_loss(judge(seen + noise.to(device)), labels, instance, vector)
         return loss, dict(loss=loss.item())
     return stage(judge, loss_fn, recipe["judge_samples"] // (16 * p), work, "judge", start=start, peak=2e-3,
-                 device=device, seed=(seed, 2), precision=recipe["precision"], **options)
+                 seed=(seed, 2), precision=recipe["precision"])
+
 
 # %% ../../nbs/4_world/11_judge.ipynb #x030
 def _calibration_error(p, right):
@@ -100,7 +113,7 @@ def _calibration_error(p, right):
 @torch.no_grad()
 def judge_report(judge, pictures, labels):
     "Of every attribute on [N] pictures: accuracy and expected calibration error (ten bins); a dict."
-    answers, report = [judge(part) for part in to_tensor(pictures).split(128)], {}
+    answers, report = [judge(part) for part in as_tensor(pictures).split(128)], {}
     for i, name in enumerate(ATTRIBUTES):
         truth = torch.from_numpy(labels[:, i]).long(); known = truth >= 0
         p, guess = torch.cat([a[name] for a in answers]).softmax(1)[known].max(1)
@@ -111,7 +124,7 @@ def judge_report(judge, pictures, labels):
 # %% ../../nbs/4_world/11_judge.ipynb #x033
 def calibrate(judge, pictures, labels):
     "Set each attribute's temperature to the one of least cross-entropy on pictures new to `judge`."
-    with torch.no_grad(): answers = [judge(part) for part in to_tensor(pictures).split(128)]
+    with torch.no_grad(): answers = [judge(part) for part in as_tensor(pictures).split(128)]
     grid = torch.linspace(.5, 3, 51)
     for i, name in enumerate(ATTRIBUTES):
         truth = torch.from_numpy(labels[:, i]).long()
@@ -136,22 +149,12 @@ def load_judge(file=JUDGE_FILE,   # safetensors file with the weights
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return judge.to(device).eval().requires_grad_(False)
 
-# %% ../../nbs/4_world/11_judge.ipynb #x004
-def as_tensor(images):
-    "Pictures as float [N, 3, 64, 64] in [-1, 1], from PIL pictures, uint8 [N, 64, 64, 3] or such a tensor."
-    import numpy as np
-    if torch.is_tensor(images): return images.float().clamp(-1, 1)
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        got = f"{pixels.dtype} {tuple(pixels.shape)}"
-        raise ValueError(f"images: expected RGB pictures with 8 bits a channel, got {got}")
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
 # %% ../../nbs/4_world/11_judge.ipynb #x006
 @torch.no_grad()
 def judge_images(judge, images, batch=128):
-    """The judge's answers on pictures as `as_tensor` takes them: a dict of style, cls, background [N, 8]
-    logits, identity [N, 64] unit vectors, vector [N, V], features [N, 128]."""
+    """The judge's answers on N pictures, as `as_tensor` takes them: a dict of logits [N, values] for each of
+    `ATTRIBUTES`, identity [N, 64] unit vectors, vector [N, len(VECTOR_NAMES)], features [N, 128]; on the CPU."""
     images = as_tensor(images).to(next(judge.parameters()).device)
     parts = [judge(part) for part in images.split(batch)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+

@@ -9,7 +9,6 @@ __all__ = ['RECIPES', 'render_stage', 'build_vae', 'vae_loss', 'vae_stage', 'psn
 # %% ../../nbs/4_world/09_painter.ipynb #c002
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,17 +19,22 @@ from ..tools.util import write_json
 from .captions import build_tokenizer, MAX_TOKENS
 from .pictures import render_dataset
 from .scenes import ATTRIBUTES, STYLES
-from .training import build_scheduler, min_snr_mse, picture_loss
-from .training import save_atomically, stage, to_tensor
+from .training import as_tensor, min_snr_mse, picture_loss, save_atomically
+from .training import signal_to_noise, stage
+
 
 # %% ../../nbs/4_world/09_painter.ipynb #c005
 RECIPES = {
     "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(96, 128, 160), latent=24,
-                 batch=64, vae_batch=16, vae_samples=96_000, samples=6_000_000, judge_samples=400_000,
+                 vae_batch=16, vae_samples=600_000, judge_samples=400_000, batch=64, samples=1_000_000,
                  precision="bf16"),
+    "gpu":  dict(instances=100_000, per_instance=4, vae=(16, 32, 64), unet=(96, 128, 160), latent=24,
+                 vae_batch=64, vae_samples=2_000_000, judge_samples=2_000_000, batch=256,
+                 samples=10_000_000, precision="bf16"),
     "test": dict(instances=12, per_instance=4, vae=(16, 16, 16), unet=(16, 16, 32), latent=8,
-                 batch=8, vae_batch=8, vae_samples=32, samples=32, judge_samples=128, precision="fp32"),
+                 vae_batch=8, vae_samples=32, judge_samples=128, batch=8, samples=32, precision="fp32"),
 }
+
 
 # %% ../../nbs/4_world/09_painter.ipynb #c006
 def render_stage(work, recipe, seed=1, processes=1):
@@ -62,24 +66,23 @@ def vae_loss(vae, pictures, noise):
     return loss + 1e-4 * kl, dict(psnr=psnr, kl=kl.item())
 
 # %% ../../nbs/4_world/09_painter.ipynb #c009
-def vae_stage(work, recipe, pictures, device="cpu", seed=0, start=None, **options):
-    "Train the autoencoder; returns (its moving average, whether all steps are done)."
+def vae_stage(work, recipe, pictures, device="cpu", seed=0, start=None):
+    "Train the autoencoder on `pictures` but the last hundredth; returns its moving average."
     torch.manual_seed(seed)
     vae, held_out = build_vae(recipe["vae"], recipe["latent"]).to(device), max(len(pictures) // 100, 4)
     def loss_fn(step, generator):
-        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],),
-                             generator=generator).sort().values.numpy()
-        noise = torch.randn(len(rows), recipe["latent"], 16, 16, generator=generator).to(device)
-        return vae_loss(vae, to_tensor(pictures[rows], device), noise)
+        rows = torch.randint(len(pictures) - held_out, (recipe["vae_batch"],), generator=generator).sort()
+        noise = torch.randn(len(rows.values), recipe["latent"], 16, 16, generator=generator)
+        return vae_loss(vae, as_tensor(pictures[rows.values.numpy()], device), noise.to(device))
     return stage(vae, loss_fn, recipe["vae_samples"] // recipe["vae_batch"], work, "vae", start=start,
-                 peak=2e-3, device=device, weight_decay=1e-4, seed=(seed,), precision=recipe["precision"],
-                 **options)
+                 peak=2e-3, weight_decay=1e-4, seed=(seed,), precision=recipe["precision"])
+
 
 # %% ../../nbs/4_world/09_painter.ipynb #x013
 @torch.no_grad()
 def psnr_by_style(vae, pictures, labels, device="cpu"):
     "PSNR in dB of the reconstructions from the latents' means, a dict by style and over all."
-    truth = to_tensor(pictures, device)
+    truth = as_tensor(pictures, device)
     rebuilt = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample.clamp(-1, 1)
                          for p in truth.split(64)])
     psnr = (10 * torch.log10(4 / (rebuilt - truth).square().mean((1, 2, 3)))).cpu()
@@ -89,20 +92,28 @@ def psnr_by_style(vae, pictures, labels, device="cpu"):
 
 # %% ../../nbs/4_world/09_painter.ipynb #x015
 @torch.no_grad()
+def _latents(vae, pictures, device, precision):
+    "Means of `pictures`' latents, float16 [N, C, 16, 16]."
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        return torch.cat([vae.encode(as_tensor(pictures[i:i+256], device)).latent_dist.mean.half().cpu()
+                          for i in range(0, len(pictures), 256)])
+
+
+# %% ../../nbs/4_world/09_painter.ipynb #c015a
 def cached_latents(work, vae, pictures, device="cpu", precision="fp32"):
-    "Latents of all pictures at unit variance, float16 [N, latent, 16, 16], and the scaling factor; cached."
-    if not (file := work / "latents.pt").exists():
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            parts = [vae.encode(to_tensor(pictures[i:i+256], device)).latent_dist.mean.float().cpu()
-                     for i in range(0, len(pictures), 256)]
-        latents = torch.cat(parts); scale = 1 / latents[:5000].std().item()
-        save_atomically(dict(latents=(latents * scale).half(), scale=scale), file)
-    state = torch.load(file, weights_only=True)
-    return state["latents"], state["scale"]
+    """Latents of all pictures, float16 [N, C, 16, 16], and the factor that they were scaled by: that of
+    `work/scale.json`, or else the one that gives them unit variance. Made once."""
+    file, known = work / "latents.pt", work / "scale.json"
+    if not known.exists():
+        write_json(known, dict(scaling_factor=1 / _latents(vae, pictures[:5000], device, precision)
+                               .float().std().item()))
+    scale = json.loads(known.read_text())["scaling_factor"]
+    if not file.exists(): save_atomically(_latents(vae, pictures, device, precision).mul_(scale), file)
+    return torch.load(file, weights_only=True), scale
 
 # %% ../../nbs/4_world/09_painter.ipynb #c012
 def build_text_encoder(tokenizer, pooled, width=64):
-    "A two-layer CLIP text encoder; `pooled`: with the projection that SDXL's second encoder has."
+    "A three-layer CLIP text encoder; `pooled`: with the projection that SDXL's second encoder has."
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
                             num_hidden_layers=3, num_attention_heads=4,
@@ -160,23 +171,28 @@ def plain_attention(device):
     return sdpa_kernel(SDPBackend.MATH) if str(device) == "cpu" else nullcontext()
 
 # %% ../../nbs/4_world/09_painter.ipynb #x024
-def painter_stage(work, recipe, latents, captions, device="cpu", seed=0, start=None, **options):
-    "Train text encoders and UNet together on scaled `latents` and `captions`. Returns as `vae_stage`."
-    tokenizer = build_tokenizer(Path(start) / "tokenizer" if start else work / "tokenizer")
-    flat, wordings = [text for texts in captions for text in texts], len(captions[0])
-    tokens = tokenizer(flat + [""], padding="max_length", max_length=MAX_TOKENS, truncation=True,
-                       return_tensors="pt").input_ids.short()
+def _tokens(tokenizer, texts):
+    "Token ids int16 [len(texts) + 1, MAX_TOKENS] of all texts; the last row is the empty one."
+    return tokenizer(texts + [""], padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                     return_tensors="pt").input_ids.short()
+
+def painter_stage(work, recipe, latents, captions, device="cpu", seed=0, start=None):
+    """Train text encoders and UNet together by equation (1) on scaled `latents` [N, C, 16, 16] and their
+    `captions`, N lists; returns their moving average."""
+    tokenizer = build_tokenizer(work / "tokenizer")
+    tokens = _tokens(tokenizer, [text for texts in captions for text in texts])
     torch.manual_seed(seed)
     painter = Painter(tokenizer, recipe["unet"], latents.shape[1]).to(device)
-    alphas = build_scheduler().alphas_cumprod; snr = alphas / (1 - alphas)
+    snr = signal_to_noise()
     def loss_fn(step, generator):
         n, *shape = latents.shape
-        rows, t, noise, chosen = _draw_batch(n, wordings, recipe["batch"], shape, generator)
-        a = alphas[t].view(-1, 1, 1, 1)
+        rows, t, noise, chosen = _draw_batch(n, len(captions[0]), recipe["batch"], shape, generator)
+        a = (snr[t] / (1 + snr[t])).view(-1, 1, 1, 1)
         noisy = a.sqrt() * latents[rows].float() + (1 - a).sqrt() * noise
         with plain_attention(device):
             prediction = painter(noisy.to(device), t.to(device), tokens[chosen].long().to(device))
         weighted, plain = min_snr_mse(prediction, noise.to(device), snr[t].to(device))
         return weighted, dict(loss=weighted.item(), mse=plain.item())
     return stage(painter, loss_fn, recipe["samples"] // recipe["batch"], work, "painter", start=start,
-                 peak=1.5e-3, device=device, seed=(seed, 1), precision=recipe["precision"], **options)
+                 peak=1.5e-3, seed=(seed, 1), precision=recipe["precision"])
+
