@@ -12,8 +12,6 @@ PACKAGE, NBS = ROOT / "parallel_rescale", ROOT / "nbs"
 PARTS = ["tools", "method", "machine", "subject", "world", "evidence", "use"]        # each imports from itself and those before
 CORE = PARTS[:4]                                                                  # never imports the world
 FOLDERS = {part: NBS / f"{i}_{part}" for i, part in enumerate(PARTS)}
-# the first edition of TinyWorld and its training leave the package when the second takes their place
-FIRST_EDITION = {"world/tinyworld.py", "world/training.py"}
 LONGEST_LINE, LONGEST_FUNCTION, LONGEST_MODULE = 110, 40, 300
 
 MODULES = sorted(p for part in PARTS for p in (PACKAGE / part).glob("[!_]*.py"))
@@ -38,10 +36,7 @@ def functions(path):
 def p90(values): return sorted(values)[int(.9 * (len(values) - 1))]
 
 
-def kept(paths): return [p for p in paths if name(p) not in FIRST_EDITION]
-
-
-@pytest.mark.parametrize("path", kept(MODULES), ids=name)
+@pytest.mark.parametrize("path", MODULES, ids=name)
 def test_a_module_is_a_small_room(path):
     # nbdev writes the list of names itself, in lines of its own length
     lines = re.sub(r"^# %% auto.*?(?=^# %%)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S).splitlines()
@@ -52,19 +47,12 @@ def test_a_module_is_a_small_room(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_lines_of_a_chapter_are_short(path):
-    home = f"{path.parent.name.partition('_')[2]}/{exported_as(path)}.py"
-    if home in FIRST_EDITION: pytest.skip("leaves with the first edition")
     assert [line for kind, s in cells(path) if kind != "markdown" for line in s.splitlines() if len(line) > LONGEST_LINE] == []
 
 
-def exported_as(path):
-    return next((m[1] for _, s in cells(path) if (m := re.search(r"^#\| default_exp \w+\.(\w+)", s, re.M))), None)
-
-
 def test_functions_and_cells_are_short():
-    lengths = [n for p in kept(MODULES) for _, n in functions(p)]
-    sizes = [len(s.splitlines()) - 1 for p in CHAPTERS for kind, s in cells(p) if kind == "export"
-             if f"{p.parent.name.partition('_')[2]}/{exported_as(p)}.py" not in FIRST_EDITION]
+    lengths = [n for p in MODULES for _, n in functions(p)]
+    sizes = [len(s.splitlines()) - 1 for p in CHAPTERS for kind, s in cells(p) if kind == "export"]
     assert (median(lengths) <= 6, p90(lengths) <= 15) == (True, True), (median(lengths), p90(lengths))
     assert (median(sizes) <= 8, p90(sizes) <= 20) == (True, True), (median(sizes), p90(sizes))
 
@@ -116,16 +104,13 @@ def exports_and_tests(path):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_exported_is_tested_in_the_next_cells(part):
-    found = [(p.stem, *x) for p in sorted(FOLDERS[part].glob("*.ipynb")) for x in exports_and_tests(p)
-             if f"{part}/{exported_as(p)}.py" not in FIRST_EDITION]
+    found = [(p.stem, *x) for p in sorted(FOLDERS[part].glob("*.ipynb")) for x in exports_and_tests(p)]
     lacking = [f"{chapter}: {export}" for chapter, export, tested in found if not tested]
     assert len(lacking) <= .1 * len(found), lacking
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_a_chapter_asks_shows_and_leads_on(path):
-    home = f"{path.parent.name.partition('_')[2]}/{exported_as(path)}.py"
-    if home in FIRST_EDITION: pytest.skip("leaves with the first edition")
     texts = [s for kind, s in cells(path) if kind == "markdown"]
     assert re.match(r"# .+\n\n> .+", texts[0]), "a chapter opens with its title and one sentence"
     assert "?" in "\n".join(texts[:3]), "and with its question"

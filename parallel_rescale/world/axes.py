@@ -81,7 +81,8 @@ def _find_axes(vae, pictures, seed):
 def axes_stage(work, vae, pictures=None, seed=0):
     "`vae` on the axes kept in `work`; where none are, on those that `pictures` [N, 3, H, W] tell."
     from safetensors.torch import load_file, save_file
-    if not (file := Path(work) / "axes.safetensors").exists(): save_file(_find_axes(vae, pictures, seed), file)
+    file = Path(work) / "axes.safetensors"
+    if not file.exists(): save_file(_find_axes(vae, pictures, seed), file)
     found = {k: v.to(vae.device) for k, v in load_file(file).items()}
     return turn_latents(vae, found["axes"], found["mean"]).to(vae.device)
 

@@ -152,8 +152,9 @@ def load_judge(file=JUDGE_FILE,   # safetensors file with the weights
 # %% ../../nbs/4_world/11_judge.ipynb #x006
 @torch.no_grad()
 def judge_images(judge, images, batch=128):
-    """The judge's answers on N pictures, as `as_tensor` takes them: a dict of logits [N, values] for each of
-    `ATTRIBUTES`, identity [N, 64] unit vectors, vector [N, len(VECTOR_NAMES)], features [N, 128]; on the CPU."""
+    """The judge's answers on N pictures, as `as_tensor` takes them, on the CPU: a dict of logits [N, values]
+    for each of `ATTRIBUTES`, identity [N, 64] unit vectors, vector [N, len(VECTOR_NAMES)] and features
+    [N, 128]."""
     images = as_tensor(images).to(next(judge.parameters()).device)
     parts = [judge(part) for part in images.split(batch)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}

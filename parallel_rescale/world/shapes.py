@@ -15,7 +15,7 @@ import numpy as np
 
 # %% ../../nbs/4_world/03_shapes.ipynb #c017
 def ellipse(cx, cy, rx, ry=None, start=0., stop=360., n=28):
-    "Points of an ellipse (or of an arc of it, degrees clockwise from the right)."
+    "Equation (1) at `n` points of an ellipse, or of an arc of it (degrees clockwise from the right)."
     return _circle(start, stop, n) * (rx, rx if ry is None else ry) + (cx, cy)
 
 @lru_cache(maxsize=256)
