@@ -46,8 +46,8 @@ part_b() {   # in the half precision that this card computes by itself
 
 part_c() {
   local minutes=${1:-8}
-  # a run that was cut off goes on from its last checkpoint, so exit 124 (out of time) is what is expected here
-  timeout --kill-after=20 $((minutes * 60)) parallel-rescale train-tiny "$OUT/tiny_sdxl" --recipe gpu --processes 14 >"$OUT/train_tiny.log" 2>&1
+  # Ctrl-C lets the step end and keeps the run, which goes on under the same command: 124 (out of time) is what is expected here
+  timeout --signal=INT --kill-after=20 $((minutes * 60)) parallel-rescale train-tiny "$OUT/tiny_sdxl" --recipe gpu --processes 14 >"$OUT/train_tiny.log" 2>&1
   local code=$?
   tail -n 5 "$OUT/train_tiny.log"
   [ $code -eq 0 ] || [ $code -eq 124 ] || failed+=("train-tiny (exit $code, $OUT/train_tiny.log)")

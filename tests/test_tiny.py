@@ -1,5 +1,7 @@
 """The embedded model and its judge, as a user meets them: offline, with stock diffusers."""
+import importlib.util
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from parallel_rescale.world.model import assembled, frechet_distance, main, scor
 from parallel_rescale.world.painting import render
 from parallel_rescale.world.pictures import reference_set, render_dataset
 from parallel_rescale.world.scenes import ATTRIBUTES, PLACES, random_instance, random_pose, Scene, SUBJECTS
+from parallel_rescale.world.training import min_snr_mse
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +117,28 @@ def test_training_refuses_a_foreign_folder(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["recipe.json"]
 
 
+def test_training_killed_in_the_middle_ends_in_the_same_model(tmp_path, monkeypatch):
+    def train(name): return main(tmp_path / name, recipe="test", device="cpu", processes=1)
+    whole, calls = train("whole"), []
+    shutil.copytree(tmp_path / "whole" / "tokenizer", tmp_path / "killed" / "tokenizer")      # a few seconds less
+
+    def stopped(*args):
+        if len(calls) == 2: raise KeyboardInterrupt
+        calls.append(0)
+        return min_snr_mse(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("parallel_rescale.world.painter.min_snr_mse", stopped)
+        train("killed")
+    assert not (tmp_path / "killed" / "tiny_sdxl").exists()
+    again = train("killed")
+    for file in whole.rglob("*.safetensors"): assert file.read_bytes() == (again / file.relative_to(whole)).read_bytes(), file
+    assert (tmp_path / "whole/judge.safetensors").read_bytes() == (tmp_path / "killed/judge.safetensors").read_bytes()
+
+
 def test_the_embedded_model_is_made_of_the_stored_weights(pipe):
     "`train-tiny --start training` goes on from what is shipped."
-    stored = Path(__file__).resolve().parents[1] / "training"
+    stored = ROOT / "training"
     made = assembled(stored)
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         mine, theirs = getattr(made, part).state_dict(), getattr(pipe, part).state_dict()
@@ -125,3 +149,11 @@ def test_the_embedded_model_is_made_of_the_stored_weights(pipe):
     assert made.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
     ours, shipped = load_judge(stored / "judge.safetensors").state_dict(), load_judge().state_dict()
     assert all(torch.equal(ours[k], shipped[k]) for k in shipped)
+
+
+def test_the_card_says_what_was_measured():
+    spec = importlib.util.spec_from_file_location("measured", ROOT / "benchmarks" / "tiny_sdxl.py")
+    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
+    score, log = (json.loads((ROOT / "training" / f"{name}.json").read_text()) for name in ("score", "log"))
+    assert score["samples"] == log[-1]["samples"], "the weights are newer than their score: run python benchmarks/tiny_sdxl.py 1000"
+    assert script.lines(score) in script.CARD.read_text(), "run python benchmarks/tiny_sdxl.py 0"

@@ -105,7 +105,7 @@ def train(model, loss_fn, steps, file, *, peak, seed=(0,), weight_decay=1e-2, pr
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     keep(run, file); saved = time.monotonic()
                     if on_checkpoint: on_checkpoint(run["average"])
-                if stopped(): raise KeyboardInterrupt
+                if stopped(): raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on")
     finally: keep(run, file); bar.close()
     return run
 
