@@ -26,7 +26,7 @@ from .training import signal_to_noise, stage
 # %% ../../nbs/4_world/09_painter.ipynb #c005
 RECIPES = {
     "cpu":  dict(instances=12_000, per_instance=4, vae=(16, 32, 64), unet=(96, 128, 160), latent=24,
-                 vae_batch=16, vae_samples=600_000, judge_samples=400_000, batch=64, samples=1_000_000,
+                 vae_batch=16, vae_samples=600_000, judge_samples=900_000, batch=64, samples=1_000_000,
                  precision="bf16"),
     "gpu":  dict(instances=100_000, per_instance=4, vae=(16, 32, 64), unet=(96, 128, 160), latent=24,
                  vae_batch=64, vae_samples=2_000_000, judge_samples=2_000_000, batch=256,
