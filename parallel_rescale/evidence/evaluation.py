@@ -52,8 +52,7 @@ def image_bytes(image: Image.Image, kind: str) -> bytes:
 def _rows(job, rule, prompts, noise, scores) -> list[dict]:
     "A row of the table for each cell of a job: what was asked, and the scores [N] by name."
     asked = [dict(subject=job.subject, rule=job.rule, family=rule.name, prompt=p, text=prompt.text,
-                  kind=prompt.kind, prompt_style=prompt.style, prompt_background=prompt.background,
-                  seed=s, noise=n) for (p, s), prompt, n in zip(job.cells, prompts, noise)]
+                  kind=prompt.kind, seed=s, noise=n) for (p, s), prompt, n in zip(job.cells, prompts, noise)]
     found = [{k: None if np.isnan(v[i]) else float(v[i]) for k, v in scores.items()}
              for i in range(len(asked))]
     return [row | values for row, values in zip(asked, found)]
@@ -249,7 +248,7 @@ def carry_out(plan: Plan, output, state, results, progress=True) -> pd.DataFrame
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #c014
 def evaluate(subjects, # saved subjects: see `questions.as_cases`
-             prompts="tinyworld20", # see `questions.prompt_set`
+             prompts="hard", # see `questions.prompt_set`
              rules=("consistency", "parallel_rescale"), # see `questions.named_rules`
              seeds=4, # how many, or which
              scorers=("judge",), # see `scorers.scorer`

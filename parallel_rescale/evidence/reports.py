@@ -14,9 +14,10 @@ import numpy as np, pandas as pd
 
 from .questions import TRUTHS
 from .scorers import known_metrics
-from .statistics import _scored, compare_rules, directed, hypervolumes, metrics_of
+from .statistics import _scored, compare_rules, directed, hypervolumes
 from .statistics import plot_tradeoff, summarize
 from .store import load_scores, image_name, read_manifest, throughput
+from .world_scorers import ASKED
 from ..tools.plot import image_grid
 from ..tools.util import check_name, write_atomically
 
@@ -25,7 +26,7 @@ def subject_means(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
     """The scores' means in a row for each subject, rule and kind of prompt, with the number of
     `pictures`; the statistics take one kind of it like the table itself."""
     groups = table.groupby(["subject", "rule", "family", "kind"], sort=False)
-    return pd.concat([groups[metrics_of(table)].mean().round(digits), groups.size().rename("pictures")],
+    return pd.concat([groups[_scored(table, None)].mean().round(digits), groups.size().rename("pictures")],
                      axis=1).reset_index()
 
 # %% ../../nbs/5_evidence/07_report.ipynb #c034
@@ -89,14 +90,20 @@ def by_kind(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {k: table[table.kind == k] for k in sorted(kinds, key=lambda k: k != "stylised")}
 
 # %% ../../nbs/5_evidence/07_report.ipynb #n008as
+def _score_lists(table) -> list[list[str]]:
+    "A table's scores of whole images, and of single things that were asked for; no list is empty."
+    found = _scored(table, None)
+    lists = [m for m in found if m not in ASKED], [m for m in found if m in ASKED]
+    return [names for names in lists if names]
+
 def _scores(table, against):
     "Sections: scores and differences, first for stylised prompts, apart for each kind."
     for kind, part in by_kind(table).items():
-        title = f" under {kind} prompts" if kind else ""
-        yield from (f"## Scores{title}", summary_table(part))
+        title, lists = f" under {kind} prompts" if kind else "", _score_lists(part)
+        yield from (f"## Scores{title}", *(summary_table(part, names) for names in lists))
         if part.rule.nunique() > 1:
             yield from (f"## Difference from {against}{title}", "Bold where the interval leaves out 0.",
-                        comparison_table(part, against))
+                        *(comparison_table(part, against, names) for names in lists))
 
 # %% ../../nbs/5_evidence/07_report.ipynb #n008bs
 def _area(r):

@@ -52,8 +52,8 @@ def mean_interval(values) -> tuple[float, float, float]:
     return float(values.mean()), *map(float, np.quantile(means, levels(len(values))))
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c014as
-TOLD = {"subject", "rule", "family", "prompt", "text", "kind", "prompt_style", "prompt_background", "seed",
-        "noise", "pictures"}     # columns of a table that are no scores
+TOLD = {"subject", "rule", "family", "prompt", "text", "kind", "seed", "noise",
+        "pictures"}              # columns of a table that are no scores
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c014bs
 def metrics_of(table: pd.DataFrame) -> list[str]:
@@ -69,8 +69,8 @@ def _pictures(table) -> int:
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c014
 def _scored(table, metrics):
-    "Names of a table's scores, by default all; ValueError where one is not there."
-    if metrics is None: return metrics_of(table)
+    "Names of a table's scores, by default all that some image has; ValueError where one is not there."
+    if metrics is None: return [m for m in metrics_of(table) if table[m].notna().any()]
     return [check_name("metric", m, metrics_of(table))
             for m in ([metrics] if isinstance(metrics, str) else metrics)]
 
@@ -166,7 +166,7 @@ def _plot_family(ax, family, points):
     ax.plot(*mean.T, color=color, label=family_title(family), **line)
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #c022
-def plot_tradeoff(table: pd.DataFrame, x: str = "style", y: str = "identity", ax=None,
+def plot_tradeoff(table: pd.DataFrame, x: str = "alignment", y: str = "identity", ax=None,
                   title: str | None = None):
     "One curve a family, a point for each rule in the table's order with 95 % intervals. Returns the axes."
     import matplotlib.pyplot as plt
@@ -206,7 +206,7 @@ def _settings(rules, family):
     return which
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #n021
-def matched(table: pd.DataFrame, family: str, against: str, x: str = "style", y: str = "identity",
+def matched(table: pd.DataFrame, family: str, against: str, x: str = "alignment", y: str = "identity",
             least: float = -np.inf) -> dict:
     """How much more y one family's curve has than another's at matched x ≥ `least`: difference, low, high
     (95 % over subjects), the common range of x, n."""
@@ -228,7 +228,7 @@ def hypervolume(points: np.ndarray, reference=(0., 0.)) -> float:
     return float(np.sum(order[:, 0] * np.diff(best, prepend=0.)))
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #n023
-def hypervolumes(table: pd.DataFrame, x: str = "style", y: str = "identity",
+def hypervolumes(table: pd.DataFrame, x: str = "alignment", y: str = "identity",
                  reference=(0., 0.), # in the units of x and y: a point that every rule beats
                  against: str | None = None, # a family; default: the first
                 ) -> pd.DataFrame:

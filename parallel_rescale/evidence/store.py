@@ -24,7 +24,7 @@ from ..subject.defaults import native_resolution
 from ..tools.embedded import TINY_SDXL
 from ..tools.util import check_name, default_device, write_atomically
 from ..world.judge import JUDGE_FILE
-from ..world.tinyworld import SIZE, SUBJECTS
+from ..world.scenes import SIZE, SUBJECTS
 
 # %% ../../nbs/5_evidence/04_store.ipynb #c020as
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _check_truths(rules, cases):
         for c in cases: check_name("TinyWorld subject (for the truth)", c.references.name, SUBJECTS)
 
 # %% ../../nbs/5_evidence/04_store.ipynb #n032
-def make_plan(subjects, prompts="tinyworld20", rules=("consistency", "parallel_rescale"), seeds=4,
+def make_plan(subjects, prompts="hard", rules=("consistency", "parallel_rescale"), seeds=4,
               scorers=("judge",), *, base=None, steps=30, height=None, width=None, negative_prompt=None,
               batch_size=16, images=None, device=None, dtype=None, max_rows=None, threads=None,
               **files) -> Plan:
