@@ -294,7 +294,7 @@ def test_attention_changes_its_own_row_alone(xl):
     from parallel_rescale import Attention
     from parallel_rescale.machine.attention_rows import attention_rows
     g = noise(3)
-    x = dict(sample=torch.randn(3, 4, 16, 16, generator=g), timestep=500, encoder_hidden_states=torch.randn(3, 32, 128, generator=g), added_cond_kwargs=dict(
+    x = dict(sample=torch.randn(3, xl.unet.config.in_channels, 16, 16, generator=g), timestep=500, encoder_hidden_states=torch.randn(3, 32, 128, generator=g), added_cond_kwargs=dict(
         text_embeds=torch.randn(3, 64, generator=g), time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]] * 3)))
     with torch.no_grad():
         plain = xl.unet(**x).sample

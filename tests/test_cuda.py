@@ -59,7 +59,7 @@ KNOWN = {"null", "base", "subject", "reference"}
 def test_the_denoiser(rule, max_rows, unets, device):
     prompts = {name: PromptEmbeds(h[None], p[None]) for name, h, p in
                zip(("null", "base", "subject", "reference"), randoms(4, 32, 128, seed=2), randoms(4, 64, seed=3))}
-    x, sizes, out = randoms(2, 4, 16, 16), torch.tensor([[64., 64, 0, 0, 64, 64]] * 2), []
+    x, sizes, out = randoms(2, unets[0].config.in_channels, 16, 16), torch.tensor([[64., 64, 0, 0, 64, 64]] * 2), []
     for unet, place in zip(unets, ("cpu", device)):
         call = dict(encoder_hidden_states=randoms(2, 32, 128).to(place), added_cond_kwargs=dict(text_embeds=randoms(2, 64).to(place), time_ids=sizes.to(place)))
         with guided(unet, rule, prompts, max_rows=max_rows): out.append(unet(x.to(place), 500, **call).sample)

@@ -19,11 +19,12 @@ from parallel_rescale.method.guidance import Branch, Guidance
 from parallel_rescale.method.rules import AutoGuidance, CFG, ConsistencyGuidance, OrthogonalOnly
 from parallel_rescale.method.rules import ParallelRescale, PersonalizationGuidance
 from parallel_rescale.method.schedules import every, interval
-from parallel_rescale.tools.embedded import load_tiny_sdxl
+from parallel_rescale.tools.embedded import load_tiny_sdxl, TINY_SDXL
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYWHERE = ATTENTION + ["conv1", "conv_in", "time_emb_proj", "linear_1", "proj_in", "ff.net.2"]  # inputs of 2, 3 and 4 dimensions
 STEPS = 4
+CHANNELS = UNet2DConditionModel.load_config(TINY_SDXL, subfolder="unet")["in_channels"]
 
 
 def add_lora(unet, name, targets, rank=4, alpha=4, seed=0, **kwargs):
@@ -62,7 +63,7 @@ def sample(pipe, prompt="ignored", seed=0, n=2, **kwargs):
 def call_arguments(n=2, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     added = dict(text_embeds=torch.randn(n, 64, generator=g).to(dtype), time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]] * n).to(dtype))
-    return dict(sample=torch.randn(n, 4, 16, 16, generator=g).to(dtype), timestep=500, encoder_hidden_states=torch.randn(n, 32, 128, generator=g).to(dtype),
+    return dict(sample=torch.randn(n, CHANNELS, 16, 16, generator=g).to(dtype), timestep=500, encoder_hidden_states=torch.randn(n, 32, 128, generator=g).to(dtype),
                 added_cond_kwargs=added)
 
 
@@ -225,7 +226,7 @@ def test_equals_the_two_call_sampler(adapted):
     "DCO's sampler: a batch of null and base at LoRA scale 0, then the subject's row, in a loop of its own."
     unet, scheduler, named = adapted.unet, copy.deepcopy(adapted.scheduler), embeds(adapted, 1)
     scheduler.set_timesteps(STEPS)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    x = torch.randn(1, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
     ids = torch.tensor([[64., 64, 0, 0, 64, 64]])
     def ask(x, t, *names, **kwargs):
         hidden, pooled = (torch.cat([getattr(named[k], part) for k in names]) for part in ("hidden", "pooled"))
@@ -467,7 +468,7 @@ def test_not_a_number(where):
     if where == "weights":                          # of the adapter: only the subject's prediction is spoiled
         next(p for k, p in pipe.unet.named_parameters() if "lora_B.dog" in k).data.fill_(math.nan)
         named["subject"], expected = named["subject"], "adapter scale 1"
-    if where == "latents": args, expected = {"latents": torch.full((2, 4, 16, 16), math.nan)}, "latents"
+    if where == "latents": args, expected = {"latents": torch.full((2, CHANNELS, 16, 16), math.nan)}, "latents"
     if where == "prompt": named["subject"], expected = PromptEmbeds(named["subject"].hidden * math.inf, named["subject"].pooled), "'subject' at adapter scale 1"
     if where == "scale": rule, expected = ConsistencyGuidance(text=1e300), "what ConsistencyGuidance"
     with pytest.raises(FloatingPointError, match="step 0 of 4") as error:

@@ -33,7 +33,7 @@ from parallel_rescale.subject.settings import saved_settings
 from parallel_rescale.subject.step import autocast, step_batches, forward_and_backward, loss_of, micro_batches
 from parallel_rescale.subject.step import read_logs, subject_text, train_step
 from parallel_rescale.tools.embedded import TINY_SDXL, load_tiny_sdxl
-from parallel_rescale.world.tinyworld import reference_set
+from parallel_rescale.world.pictures import reference_set
 
 CAT = dict(class_noun="cat", token="<pixel>")
 QUICK = """import torch; torch.set_num_threads(1)
@@ -248,7 +248,7 @@ def test_v_prediction_target(references):
     run = prepared(references)
     run.noise_scheduler.register_to_config(prediction_type="v_prediction")
     batch = next(micro_batches(run, run.data, 3))
-    which, t, eps, noise = random_choices(4, (4, 16, 16), 4, 1000, 0, 3, 0)
+    which, t, eps, noise = random_choices(4, run.data.moments.shape[2:], 4, 1000, 0, 3, 0)
     clean = sample_latents(run.data.moments[which], eps, run.pipe.vae.config)
     alpha = run.noise_scheduler.alphas_cumprod[t][:, None, None, None]
     torch.testing.assert_close(batch.target, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
@@ -486,7 +486,7 @@ def test_resume_equals_an_uninterrupted_run(references, uninterrupted, tmp_path,
 
 def script(output, **more):
     return QUICK + textwrap.dedent(f"""
-        from parallel_rescale.world.tinyworld import reference_set
+        from parallel_rescale.world.pictures import reference_set
         finetuning.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{RUN | more!r})
     """)
 
@@ -757,7 +757,7 @@ def test_two_processes_equal_one(references, tmp_path):
 PAIR = QUICK + """
 import os, signal
 from pathlib import Path
-from parallel_rescale.world.tinyworld import reference_set
+from parallel_rescale.world.pictures import reference_set
 rank, original = int(os.environ["RANK"]), step.{name}
 def changed(*args, **kwargs):
     result = original(*args, **kwargs)
@@ -839,7 +839,7 @@ def test_a_decoder_that_breaks_is_named():
     from parallel_rescale.subject.adapters import decode
     vae = load_tiny_sdxl().vae
     vae.decoder.conv_out.bias.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="pictures that are not finite"): decode(vae, torch.zeros(1, 4, 16, 16))
+    with pytest.raises(FloatingPointError, match="pictures that are not finite"): decode(vae, torch.zeros(1, vae.config.latent_channels, 16, 16))
 
 
 def test_a_run_goes_on_in_another_precision(references, uninterrupted, tmp_path):

@@ -34,7 +34,7 @@ from parallel_rescale.subject.references import as_references
 from parallel_rescale.subject.step import loss_of, micro_batches, subject_text, train_step
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.tools.util import quietly
-from parallel_rescale.world.tinyworld import reference_set
+from parallel_rescale.world.pictures import reference_set
 
 CAT = dict(class_noun="cat", token="<pixel>", resolution=32)
 NAMES = ["sd3", "flux", "z_image"]
@@ -349,7 +349,7 @@ def test_killed_and_resumed(references, base, tmp_path):
     "SIGKILL at an arbitrary moment after the first checkpoint; the run is long enough not to be over by then."
     output, long = tmp_path / "run", RUN | dict(base=base, max_train_steps=60, checkpointing_steps=3)
     script = QUICK + textwrap.dedent(f"""
-        from parallel_rescale.world.tinyworld import reference_set
+        from parallel_rescale.world.pictures import reference_set
         finetuning.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{long!r})""")
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.time() + 300

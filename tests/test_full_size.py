@@ -24,7 +24,7 @@ from parallel_rescale.subject.step import step_batches, forward_and_backward
 from parallel_rescale.machine.saved_subject import Subject
 from parallel_rescale.tools.embedded import TINY_SDXL
 from parallel_rescale.tools.util import default_device
-from parallel_rescale.world.tinyworld import reference_set
+from parallel_rescale.world.pictures import reference_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.full_size]
 HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)

@@ -186,7 +186,7 @@ def test_reference_table(folder):
 
 
 def owner(regime, **options):
-    from parallel_rescale.world.tinyworld import reference_set
+    from parallel_rescale.world.pictures import reference_set
     return reference_set("pixel_the_cat", "{subject}", regime, **options)
 
 
@@ -199,9 +199,10 @@ def test_a_shared_background_that_no_caption_names_is_said_before_training(tmp_p
 
 
 def test_the_check_of_references_over_the_world():
-    from parallel_rescale.world.tinyworld import BACKGROUNDS, SUBJECTS, reference_set
+    from parallel_rescale.world.pictures import reference_set
+    from parallel_rescale.world.scenes import PLACES, SUBJECTS
     for name in SUBJECTS:
-        for place in BACKGROUNDS[1:]:                                   # plain grounds come in many colours
+        for place in PLACES[1:]:                                        # plain grounds come in many colours
             assert check_references(as_references(reference_set(name, "{subject}", "same place", named=False, place=place))), (name, place)
         assert check_references(as_references(reference_set(name, "{subject}"))) is None
 

@@ -185,7 +185,7 @@ def test_no_graph_outlives_its_step(pipe, rule):
     with guided(pipe.unet, rule, told, scheduler=pipe.scheduler, on_step=keep):
         call = dict(encoder_hidden_states=told["subject"].hidden, added_cond_kwargs=dict(
             text_embeds=told["subject"].pooled, time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]])))
-        out = pipe.unet(torch.randn(1, 4, 16, 16, requires_grad=True), pipe.scheduler.timesteps[0], **call).sample
+        out = pipe.unet(torch.randn(1, pipe.unet.config.in_channels, 16, 16, requires_grad=True), pipe.scheduler.timesteps[0], **call).sample
     assert out.requires_grad and seen and not any(p.requires_grad for p in seen)
 
 

@@ -54,7 +54,7 @@ def vae(latent_channels=4, **more):
 def clip(kind, **more):
     tokenizer = CLIPTokenizer.from_pretrained(TINY_SDXL, subfolder="tokenizer")
     config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-                            max_position_embeddings=32, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **more)
+                            max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **more)
     return kind(config).eval(), tokenizer
 
 
