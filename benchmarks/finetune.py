@@ -32,7 +32,7 @@ from parallel_rescale.subject.losses import dco_loss, mse, predict
 from parallel_rescale.subject.preparing import make_optimizer
 from parallel_rescale.subject.references import as_references
 from parallel_rescale.subject.step import Run, autocast, step_batches, subject_text, train_step
-from parallel_rescale.world.tinyworld import reference_set
+from parallel_rescale.world.pictures import reference_set
 
 
 CAT = dict(class_noun="cat", token="<pixel>")

@@ -11,7 +11,8 @@ import numpy as np
 
 from parallel_rescale.subject.backgrounds import ALIKE, similar_images, border_likeness
 from parallel_rescale.subject.references import as_references
-from parallel_rescale.world.tinyworld import BACKGROUNDS, SUBJECTS, reference_set
+from parallel_rescale.world.pictures import reference_set
+from parallel_rescale.world.scenes import PLACES, SUBJECTS
 
 BY_EYE = dict(berry_bowl="all: white cloth", cat="all: dark wood", red_cartoon="all: white", dog6="4 of 5: orange wall", clock="3 of 6: white bed", dog5="one room, four views",
               pink_sunglasses="pale sheets, pink or grey", backpack="3 of 6: wood; 3 of 6: sky", dog="2 and 2", can="2 and 2")
@@ -31,7 +32,7 @@ def row(folder):
 def tinyworld():
     "Sets of TinyWorld: how many of 12 subjects hit, for each place shared, and for four places."
     def hits(**options): return sum(bool(similar_images([r.image for r in as_references(reference_set(n, "{subject}", **options))])) for n in SUBJECTS)
-    places = ", ".join(f"{b} {hits(regime='same place', place=b)}" for b in BACKGROUNDS)
+    places = ", ".join(f"{b} {hits(regime='same place', place=b)}" for b in PLACES)
     return f"TinyWorld, 12 subjects in one place, hits: {places}. In four places: {hits()}; in one outfit: {hits(regime='same outfit')}."
 
 

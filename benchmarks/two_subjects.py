@@ -1,6 +1,6 @@
 """Two subjects of one class, side by side in one picture: who is seen at which place?
 
-    python benchmarks/evidence.py subjects        # fine-tune them, once
+    python benchmarks/evidence.py reuse --teach 0/1    # teach the subjects, once
     python benchmarks/two_subjects.py             # draw and score: a quarter of an hour on one core
 
 Scores of single pictures stay in --work; what the chapter on several subjects reads, a mean for each pair, rule and kind of prompt, goes to
@@ -19,13 +19,15 @@ from PIL import Image
 from parallel_rescale import SeveralSubjects, TINY_SDXL
 from parallel_rescale.evidence.evaluation import load_pipeline
 from parallel_rescale.evidence.questions import noise_seed
+from parallel_rescale.evidence.recorded import edition, record, RECORDED
+from parallel_rescale.evidence.recorded import edition, record, RECORDED
 from parallel_rescale.tools.util import quietly, write_atomically
 from parallel_rescale.world.captions import asked
 from parallel_rescale.world.judge import judge_images, load_judge
 from parallel_rescale.world.painting import render
 from parallel_rescale.world.scenes import random_pose, Scene, SIDES, STYLES, SUBJECTS
 
-DATA = Path(__file__).parents[1] / "parallel_rescale" / "data" / "evidence"
+DATA = RECORDED
 PAIRS = [("pixel_the_cat", "midnight_the_cat"), ("bubbles_the_fish", "marlin_the_fish"), ("bolt_the_robot", "fern_the_robot"), ("herbie_the_car", "taxi_the_car")]
 LOOKS = [("a photo of {}", "on the beach"), ("a photo of {}", "in the snow"), ("a photo of {}", "on the grass"), ("a photo of {}", "at night"),
          ("a watercolor painting of {}", "on the beach"), ("a watercolor painting of {}", "in the city"), ("a pencil sketch of {}", "on the grass"),
@@ -124,7 +126,7 @@ def tables(pair, work):
             if pipe is None:
                 pipe = load_pipeline(TINY_SDXL, "cpu", DTYPE)
                 with quietly():
-                    for adapter, subject in ((a, pair[0]), (b, pair[1])): pipe.load_subject(work.parent / "subjects" / "dco" / subject, adapter)
+                    for adapter, subject in ((a, pair[0]), (b, pair[1])): pipe.load_subject(work.parent / "subjects" / "dco; varied" / subject, adapter)
             started = time.process_time()
             write_atomically(file, scored(draw(pipe, name, a, b, seeds), pair).to_csv(index=False).encode())
             print(f"{a}+{b}: {name}, {time.process_time() - started:.1f} s", flush=True)
@@ -141,12 +143,11 @@ def means(table):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    work = parser.parse_args().work / "two_subjects"
+    work = parser.parse_args().work / edition()["model"][:8] / "two_subjects"      # see evidence.py
     torch.set_num_threads(1)
     rows = [means(table).assign(pair="+".join(pair), rule=name) for pair in PAIRS for name, table in tables(pair, work)]
-    DATA.mkdir(parents=True, exist_ok=True)
     columns = ["pair", "rule", "kind", "style", *IDENTITIES, "smaller", "pictures"]
-    pd.concat(rows)[columns].to_csv(DATA / "two_subjects.csv", index=False)
+    record(pd.concat(rows)[columns], "two_subjects", DATA, command="python benchmarks/two_subjects.py", prompts=TEXTS, pairs=len(PAIRS), seeds=1, steps=STEPS, dtype=DTYPE)
 
 
 if __name__ == "__main__": main()

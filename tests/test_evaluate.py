@@ -1,5 +1,4 @@
 "Scores, grids and intervals: the instruments order what they must, a grid is drawn once and never lost, and an interval keeps its promise."
-import functools
 import json
 import os
 import pickle
@@ -29,18 +28,19 @@ from parallel_rescale.evidence.store import PARTS, image_name, save_result, SCOR
 from parallel_rescale.method.guidance import RULES
 from parallel_rescale.method.rules import CFG, ConsistencyGuidance, ParallelRescale
 from parallel_rescale.world.judge import judge_images, load_judge
-from parallel_rescale.evidence.scorers import ClipScorer, DinoScorer, known_metrics, Prompt, References, score
+from parallel_rescale.evidence.scorers import asked_of, ClipScorer, DinoScorer, known_metrics, Prompt, References, score
 from parallel_rescale.evidence.scorers import known_scorers, scorer, SiglipScorer
-from parallel_rescale.evidence.world_scorers import appearance, APPEARANCE, JudgeScorer, LeakScorer
-from parallel_rescale.evidence.world_scorers import OracleScorer, true_renders, truth_bank
-from parallel_rescale.evidence.world_scorers import whitening
+from parallel_rescale.evidence.world_scorers import appearance, APPEARANCE, ASKED, JudgeScorer, LeakScorer
+from parallel_rescale.evidence.world_scorers import OracleScorer, SharedScorer, true_images, true_scene, whitening
 from parallel_rescale.machine.saved_subject import Subject, base_signature, save_adapter
 from parallel_rescale.tools.embedded import TINY_SDXL
-from parallel_rescale.world.tinyworld import BACKGROUNDS, CLASSES, random_instance, random_pose
-from parallel_rescale.world.tinyworld import reference_set, render, STYLES, SUBJECTS
+from parallel_rescale.world.captions import caption
+from parallel_rescale.world.painting import render
+from parallel_rescale.world.pictures import attributes, reference_set
+from parallel_rescale.world.scenes import ACCESSORIES, ATTRIBUTES, CLASSES, PLACES, random_instance, random_pose, Scene, STYLES, SUBJECTS
 
 CAT = References("pixel_the_cat", "cat", tuple(Image.fromarray(p) for p, _ in reference_set("pixel_the_cat")))
-SNOW = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
+SNOW = [Prompt("a pencil sketch of a {subject} in the snow"), Prompt("a photo of a {subject} in the snow")]
 
 
 def pictures(n=4, size=64, seed=0):
@@ -50,15 +50,23 @@ def pictures(n=4, size=64, seed=0):
 def brightness(images, prompts, references): return {"brightness": [np.asarray(i).mean() / 255 for i in images]}
 
 
-@pytest.fixture(autouse=True)
-def small_bank(monkeypatch):
-    "Two true renders a cell are enough to test with."
-    monkeypatch.setattr(world_scorers, "truth_bank", lambda name: truth_bank(name, 2))
+def forget():
+    for known in (world_scorers._truth, world_scorers.ruler): known.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_truths():
+    "Two true renders of a prompt are enough to test with."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world_scorers, "true_images", lambda name, asked, n=2, seed=2026: true_images(name, asked, n, seed))
+        forget()
+        yield
+    forget()
 
 
 @pytest.fixture
 def trained_judge():
-    shown = np.concatenate([true_renders("taxi_the_car", s, "grass", 2) for s in STYLES])
+    shown = np.concatenate([true_images("taxi_the_car", dict(style=s, place="grass"), 2) for s in STYLES])
     found = judge_images(load_judge(), shown)["style"].argmax(1).view(-1, 2)
     if (found == torch.arange(len(STYLES))[:, None]).float().mean() < .8: pytest.skip("the judge in the package is untrained")
 
@@ -75,10 +83,21 @@ def test_protocol():
     with pytest.raises(ValueError, match="two scorers"): score([brightness, brightness], pictures(3), SNOW[0], CAT)
 
 
-@pytest.mark.parametrize("bad,says", [(dict(text="a cat"), "{subject}"), (dict(text=None), "{subject}"), (dict(text="{subject}", style="skech"), "Did you mean 'sketch'"),
-                                      (dict(text="{subject}", background="moon"), "unknown background")])
+@pytest.mark.parametrize("bad,says", [(dict(text="a cat"), "{subject}"), (dict(text=None), "{subject}"), (dict(text="{subject}", kind=1), "kind")])
 def test_bad_prompts(bad, says):
     with pytest.raises(ValueError, match=says): Prompt(**bad)
+
+
+def test_what_a_prompt_asks_is_read_from_its_text():
+    for text, wants, kind in (("a photo of a red {subject} wearing a crown on the beach", dict(style="photo", colour="red", accessory="crown", place="beach"), "photo"),
+                              ("a neon sign of a {subject} crying next to a car", dict(style="neon", doing="crying", other="car"), "stylised"), ("a {subject}", {}, "photo")):
+        assert asked_of(text) == wants and Prompt(text).kind == kind
+    assert Prompt("a blueprint of a {subject}", "mine").kind == "mine"
+    rng = np.random.default_rng(0)
+    for name in ("tinyworld", "dreambench", "hard", "places"):
+        for p in prompt_set(name):                                          # a true picture shows what was asked, and names it again
+            scene = true_scene(SUBJECTS["mocha_the_cup"], asked_of(p.text), rng)
+            assert asked_of(p.text).items() <= attributes(scene).items() and asked_of(p.text).items() <= asked_of(caption(scene, "{subject}")).items(), p.text
 
 
 def test_scorers_by_name():
@@ -150,96 +169,102 @@ def test_missing_weights_say_how_to_get_them(kind, tmp_path):
 # ---------------------------------------------------------------- TinyWorld's instruments
 
 
-def ladder(name, style, background, seed):
-    "The truth, another of the class, another class, the subject as a photo; in one pose."
+def ladder(name, wants, seed):
+    "The truth, another of the class, another class, nothing worn, the subject as a photo; in one pose."
     rng = np.random.default_rng([seed, 3])
     pose, subject = random_pose(rng), SUBJECTS[name]
     other = next(i for i in SUBJECTS.values() if i.cls != subject.cls)
-    return [Image.fromarray(render(i, s, background, pose, seed)) for i, s in ((subject, style), (random_instance(rng, subject.cls), style), (other, style), (subject, "photo"))]
+    scenes = (subject, {}), (random_instance(rng, subject.cls), {}), (other, {}), (subject, dict(accessory="none")), (subject, dict(style="photo"))
+    return [Image.fromarray(render(Scene(i, **(wants | wrong), pose=pose, seed=seed))) for i, wrong in scenes]
 
 
 def climb(scorers, names=("pixel_the_cat", "herbie_the_car")):
-    "Scores [ladders, 4]."
+    "Scores [ladders, 5]."
     rows = []
     for name in names:
         who = References(name, SUBJECTS[name].cls, tuple(Image.fromarray(p) for p, _ in reference_set(name)))
         for k, style in enumerate(STYLES[1:]):
-            b = BACKGROUNDS[(k + len(name)) % len(BACKGROUNDS)]
-            rows.append(score(scorers, ladder(name, style, b, 100 + k), Prompt("a {subject}", style=style, background=b), who))
+            wants = dict(style=style, place=PLACES[(k + len(name)) % len(PLACES)], accessory=ACCESSORIES[1 + k % 7])
+            rows.append(score(scorers, ladder(name, wants, 100 + k), Prompt(caption(Scene(SUBJECTS[name], **wants), "{subject}")), who))
     return {key: np.stack([r[key] for r in rows]) for key in rows[0]}
 
 
 def test_the_trained_judge_orders_the_ladder(trained_judge):
     found = climb([JudgeScorer(), OracleScorer(), LeakScorer()])
-    truth, other, wrong, photo = range(4)
+    truth, other, wrong, bare, photo = range(5)
     def above(name, a, b, right, gap, sign=1):
         gaps = sign * (found[name][:, a] - found[name][:, b])
         gaps = gaps[~np.isnan(gaps)]
         assert (gaps > 0).mean() >= right and gaps.mean() >= gap, (name, a, b, gaps)
-    above("style", truth, photo, 1, .8)
-    above("identity", truth, other, .9, .4), above("identity", truth, wrong, .9, .4)
-    above("identity_photo", truth, other, .9, .4)
+    above("style", truth, photo, 1, .8), above("accessory", truth, bare, .9, .6), above("alignment", truth, bare, .9, .2)
+    above("identity", truth, other, .85, .2), above("identity", truth, wrong, .9, .4)
+    above("identity_photo", truth, other, .8, .15)
     above("class", truth, wrong, 1, .8), above("class", other, wrong, 1, .8)
-    above("oracle", truth, other, .9, 1, -1), above("oracle", truth, photo, .95, .5, -1), above("oracle", truth, wrong, 1, 1.5, -1)
+    above("oracle", truth, other, .85, .5, -1), above("oracle", truth, bare, .85, .2, -1), above("oracle", truth, photo, .9, .3, -1), above("oracle", truth, wrong, 1, 1, -1)
     assert found["oracle"][:, other].mean() < found["oracle"][:, wrong].mean()
     above("leak", truth, photo, 1, .7, -1), above("leak_photo", truth, photo, 1, .8, -1)
 
 
 def test_judge_probabilities_and_gaps(monkeypatch):
     "A judge that says what we tell it: the scorer picks the right numbers."
-    logits = torch.full((2, 8), -20.)
-    style, background = logits.clone(), logits.clone()
-    style[0, STYLES.index("sketch")] = style[1, STYLES.index("neon")] = 20
-    background[:, BACKGROUNDS.index("snow")] = 20
-    cls = logits.clone(); cls[0, CLASSES.index("cat")] = cls[1, CLASSES.index("fish")] = 20
-    unit = torch.nn.functional.normalize(torch.eye(2, 64), dim=1)
-    monkeypatch.setattr(world_scorers, "judge_images", lambda judge, images: dict(style=style[:len(images)], cls=cls[:len(images)], background=background[:len(images)],
-                                                                            identity=unit[:1].expand(len(images), -1) if len(images) > 2 else unit, features=unit, vector=unit))
+    def says(**values): # for each attribute the values of two pictures
+        logits = {name: torch.full((2, len(known)), -20.) for name, known in ATTRIBUTES.items()}
+        for name, chosen in values.items():
+            for i, value in enumerate(chosen): logits[name][i, ATTRIBUTES[name].index(value)] = 20
+        return logits
+    logits, unit = says(style=("sketch", "neon"), place=("snow", "snow"), cls=("cat", "fish"), colour=("red", "none")), torch.nn.functional.normalize(torch.eye(2, 64), dim=1)
+    monkeypatch.setattr(world_scorers, "judge_images", lambda judge, images: {k: v[:len(images)] for k, v in logits.items()} |
+                        dict(identity=unit[:1].expand(len(images), -1) if len(images) > 2 else unit, features=unit, vector=unit))
     who = References("not in TinyWorld", "cat", CAT.images)
-    found = score(JudgeScorer(), pictures(2), [SNOW[0], SNOW[0]], who)
-    assert found["style"].round(3).tolist() == [1, 0] and found["class"].round(3).tolist() == [1, 0] and found["background"].round(3).tolist() == [1, 1]
-    assert found["identity_photo"].tolist() == [1, 0] and np.isnan(found["identity"]).all()
+    found = score(JudgeScorer(), pictures(2), Prompt("a pencil sketch of a red {subject} in the snow"), who)
+    for name, values in dict(style=[1, 0], colour=[1, 0], place=[1, 1], alignment=[1, 1 / 3]).items(): assert found[name].round(3).tolist() == pytest.approx(values, abs=1e-3), name
+    assert found["class"].round(3).tolist() == [1, 0] and found["identity_photo"].tolist() == [1, 0] and np.isnan(found["identity"]).all()
+    assert all(np.isnan(found[k]).all() for k in ASKED if k not in ("style", "colour", "place"))
     unasked = score(JudgeScorer(), pictures(2), Prompt("a {subject}"), References("x", "spaceship"))
-    assert all(np.isnan(unasked[k]).all() for k in ("style", "class", "background", "identity", "identity_photo"))
+    assert all(np.isnan(unasked[k]).all() for k in (*ASKED, "class", "alignment", "identity", "identity_photo"))
+
+
+def test_what_references_share_is_scored_where_it_was_not_asked(trained_judge):
+    def shown(**options): return References("taxi_the_car", "car", tuple(Image.fromarray(p) for p, _ in reference_set("taxi_the_car", **options)))
+    wall, scarf = (Image.fromarray(true_images("taxi_the_car", wants, 1, seed=9)[0]) for wants in (dict(place="brick"), dict(place="beach", accessory="scarf")))
+    asks = [Prompt("a photo of a {subject} on the beach"), Prompt("a photo of a {subject} in front of a brick wall"), Prompt("a {subject} wearing a scarf")]
+    place = score(SharedScorer(), [wall] * 3, asks, shown(regime="same place"))
+    assert place["shared_place"][0] > .8 < place["shared_place"][2] and np.isnan(place["shared_place"][1]) and np.isnan(place["shared_accessory"]).all()
+    worn = score(SharedScorer(), [scarf, wall, scarf], asks, shown(regime="same outfit"))
+    assert worn["shared_accessory"][0] > .6 > .2 > worn["shared_accessory"][1] and np.isnan(worn["shared_accessory"][2]) and np.isnan(worn["shared_place"]).all()
+    assert all(np.isnan(v).all() for v in score(SharedScorer(), [wall] * 3, asks, shown()).values())
 
 
 def look(judge, images):
     "A stand-in for the judge that describes pictures by a few of their own pixels."
     x = torch.nn.functional.adaptive_avg_pool2d(world_scorers.as_tensor(images), 3).flatten(1)
-    return dict(features=x, identity=torch.nn.functional.normalize(x, dim=1), cls=x[:, :8], vector=x[:, :5], style=x[:, :8], background=x[:, :8])
-
-
-seen_bank = functools.cache(lambda name: truth_bank.__wrapped__(name, 4))
+    return {name: x[:, :len(known)] for name, known in ATTRIBUTES.items()} | dict(features=x, identity=torch.nn.functional.normalize(x, dim=1), vector=x[:, :5])
 
 
 @pytest.fixture
 def seeing(monkeypatch):
-    "With that stand-in, what the oracle and the leak score do can be checked without training."
+    "With that stand-in, and four true renders a prompt, what the oracle and the leak score do can be checked without training."
     monkeypatch.setattr(world_scorers, "judge_images", look)
-    monkeypatch.setattr(world_scorers, "truth_bank", seen_bank)
-    world_scorers._whitened.cache_clear()
+    monkeypatch.setattr(world_scorers, "true_images", lambda name, asked, n=4, seed=2026: true_images(name, asked, n, seed))
+    forget()
     yield
-    world_scorers._whitened.cache_clear()
+    forget()
 
 
 def test_oracle_without_training(seeing):
-    asked = Prompt("a {subject}", style="watercolor", background="night")
-    truth = [Image.fromarray(p) for p in true_renders("pixel_the_cat", "watercolor", "night", 6, seed=5)]
-    elsewhere = [Image.fromarray(p) for p in true_renders("pixel_the_cat", "watercolor", "beach", 6, seed=5)]
-    another = [Image.fromarray(p) for p in true_renders("pixel_the_cat", "neon", "night", 6, seed=5)]
-    true, place, style = (score(OracleScorer(), p, asked, CAT)["oracle"] for p in (truth, elsewhere, another))
-    assert .4 < true.mean() < 2 and place.mean() > 1.5 * true.mean() and style.mean() > 1.5 * true.mean()
-    anywhere = score(OracleScorer(), truth, Prompt("a {subject}", style="watercolor"), CAT)["oracle"]
-    assert (anywhere <= true + 1e-9).all() and np.isnan(score(OracleScorer(), truth, Prompt("a {subject}"), CAT)["oracle"]).all()
+    asks = Prompt("a watercolor painting of a {subject} at night")
+    def seen_in(**wants): return [Image.fromarray(p) for p in true_images("pixel_the_cat", dict(style="watercolor", place="night") | wants, 6, seed=5)]
+    true, place, style, paint = (score(OracleScorer(), seen_in(**w), asks, CAT)["oracle"] for w in ({}, dict(place="beach"), dict(style="neon"), dict(colour="green")))
+    assert .4 < true.mean() < 2 and place.mean() > 1.5 * true.mean() and style.mean() > 1.5 * true.mean() and paint.mean() > true.mean()
+    anywhere = score(OracleScorer(), seen_in(), Prompt("a watercolor painting of a {subject}"), CAT)["oracle"]
+    assert np.isfinite(anywhere).all() and np.isfinite(score(OracleScorer(), seen_in()[:1], Prompt("a {subject}"), CAT)["oracle"]).all()
 
 
 def test_whitening():
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(4, 4))
-    truth = rng.normal(size=(8, 8, 16, 4)) @ mix + rng.normal(size=(8, 8, 1, 4)) * 10
-    means, w = whitening(truth)
-    assert np.allclose(means, truth.mean(2))
-    d = ((w @ (truth - means[:, :, None]).reshape(-1, 4).T) ** 2).mean()
+    truth = rng.normal(size=(64, 16, 4)) @ mix + rng.normal(size=(64, 1, 4)) * 10
+    d = ((whitening(truth) @ (truth - truth.mean(1, keepdims=True)).reshape(-1, 4).T) ** 2).mean()
     assert .6 < d < 1.4                                                    # a typical deviation is about 1, whatever the scale
 
 
@@ -254,16 +279,14 @@ def test_appearance_knows_colour_and_texture():
 
 @pytest.mark.parametrize("style", STYLES[1:])
 def test_leak_follows_what_is_mixed_in(style, seeing):
-    asked, rng = Prompt("a {subject}", style=style, background="grass"), np.random.default_rng(4)
-    found = []
+    asks, found = Prompt(caption(Scene(SUBJECTS["pixel_the_cat"], style, "grass"), "{subject}")), []
     for seed in range(4):
-        pose = random_pose(rng)
-        a, b = (render(SUBJECTS["pixel_the_cat"], s, "grass", pose, seed).astype(float) for s in (style, "photo"))
+        a, b = (true_images("pixel_the_cat", dict(style=s, place="grass"), 1, seed=seed)[0].astype(float) for s in (style, "photo"))
         mixed = [Image.fromarray(((1 - t) * a + t * b).astype(np.uint8)) for t in (0, .5, 1)]
-        found.append(score(LeakScorer(), mixed, asked, CAT)["leak"])
+        found.append(score(LeakScorer(), mixed, asks, CAT)["leak"])
     low, middle, high = np.mean(found, 0)
     assert low < middle < high and abs(low) < .35 and abs(high - 1) < .35
-    assert np.isnan(score(LeakScorer(), mixed, Prompt("a {subject}", style="photo"), CAT)["leak"]).all()
+    assert np.isnan(score(LeakScorer(), mixed, Prompt("a photo of a {subject}"), CAT)["leak"]).all()
 
 
 def test_tinyworld_scorers_say_what_they_cannot_do():
@@ -274,7 +297,7 @@ def test_tinyworld_scorers_say_what_they_cannot_do():
 
 def test_every_score_has_a_name_and_a_direction():
     assert all(len(v) == 2 and v[1] in (1, -1) for v in known_metrics().values())
-    found = score([scorer(n) for n in ("judge", "oracle", "leak")], pictures(1), SNOW[0], CAT)
+    found = score([scorer(n) for n in ("judge", "oracle", "leak", "shared")], pictures(1), SNOW[0], CAT)
     assert set(found) <= set(known_metrics())
 
 
@@ -283,12 +306,9 @@ def test_every_score_has_a_name_and_a_direction():
 
 def test_prompt_sets():
     sets = {n: prompt_set(n) for n in PROMPT_SETS}
-    assert {n: len(s) for n, s in sets.items()} == dict(tinyworld20=20, places=10, tinyworld=64, stylised=20, dreambench_object=25, dreambench_live=25)
+    assert {n: len(s) for n, s in sets.items()} == dict(hard=25, dreambench=25, tinyworld=55, places=10, stylised=20, dreambench_object=25, dreambench_live=25)
     for prompts in sets.values(): assert len({p.text for p in prompts}) == len(prompts) and all(p.kind for p in prompts)
-    twenty = sets["tinyworld20"]
-    assert {p.text for p in twenty} <= {p.text for p in sets["tinyworld"]} and sum(p.kind == "photo" for p in twenty) == 6
-    counts = [sum(p.background == b for p in twenty) for b in BACKGROUNDS]
-    assert max(counts) - min(counts) <= 1
+    assert all(len(asked_of(p.text)) >= 3 for p in sets["hard"]) and all(asked_of(p.text).get("place") not in (None, "brick") for p in sets["places"])
     data = prompt_data()["dreambench"]
     assert len(data["class_nouns"]) == 30 and set(data["live_subjects"]) <= set(data["class_nouns"]) and "google/dreambooth" in data["source"]
     assert sets["dreambench_object"][:10] == sets["dreambench_live"][:10] and sets["dreambench_live"][12].text == "a {subject} wearing a rainbow scarf"
@@ -297,11 +317,12 @@ def test_prompt_sets():
 def test_prompts_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("# mine\n\na {subject} on the moon\n{subject} asleep\n")
     assert [p.text for p in prompt_set(tmp_path / "a.txt")] == ["a {subject} on the moon", "{subject} asleep"]
-    (tmp_path / "b.json").write_text(json.dumps(["a {subject}", dict(text="a sketch of a {subject}", style="sketch")]))
-    assert prompt_set(str(tmp_path / "b.json"))[1].style == "sketch"
+    (tmp_path / "b.json").write_text(json.dumps(["a {subject}", dict(text="a {subject} asleep", kind="doings")]))
+    assert [p.kind for p in prompt_set(str(tmp_path / "b.json"))] == ["photo", "doings"]
     (tmp_path / "c.txt").write_text("a cat\n")
     (tmp_path / "d.json").write_text("[{}]")
-    for bad, says in (("c.txt", "subject"), ("d.json", "d.json"), ("e.txt", "no file")):
+    (tmp_path / "f.json").write_text('[{"text": "a {subject}", "style": "neon"}]')
+    for bad, says in (("c.txt", "subject"), ("d.json", "d.json"), ("e.txt", "no file"), ("f.json", "style")):
         with pytest.raises(ValueError, match=says): prompt_set(tmp_path / bad)
     with pytest.raises(ValueError, match="Did you mean"): prompt_set("tinywold")
 
@@ -352,7 +373,7 @@ def test_named_rules():
 def test_noise_is_paired_and_fixed_for_ever():
     assert noise_seed(0, "pixel_the_cat", "a {subject}") == 897642315
     found = {noise_seed(s, n, p.text) for s in range(4) for n in SUBJECTS for p in prompt_set("tinyworld")}
-    assert len(found) == 4 * 12 * 64 and all(0 <= n < 2**31 for n in found)
+    assert len(found) == 4 * 12 * 55 and all(0 <= n < 2**31 for n in found)
 
 
 def test_plan_covers_the_grid_once():
@@ -490,7 +511,7 @@ def test_truths_are_drawn_by_the_renderer(cases):
     worker = Worker(p)
     sharp, rebuilt = (worker.generate(cases[0], r, SNOW, [3, 4]) for r in p.rules.values())
     assert [i.size for i in sharp + rebuilt] == [(64, 64)] * 4 and np.asarray(sharp[0]).tolist() == np.asarray(Truth().generate("pixel_the_cat", SNOW, [3, 4])[0]).tolist()
-    with pytest.raises(ValueError, match="no TinyWorld style"): Truth().generate("pixel_the_cat", [Prompt("a {subject}")], [0])
+    assert len(Truth().generate("pixel_the_cat", [Prompt("a {subject}"), Prompt("an origami {subject}")], [0, 1])) == 2
     with pytest.raises(ValueError, match="TinyWorld subject"): make_plan({"mine": cases[0]}, SNOW, ["truth"], 1, [brightness])
 
 
@@ -509,7 +530,7 @@ from parallel_rescale.evidence.evaluation import evaluate
 from tests_scorer import brightness
 subjects = dict(zip(sys.argv[2::3], zip(sys.argv[3::3], sys.argv[4::3])))
 from parallel_rescale.evidence.scorers import Prompt
-prompts = [Prompt("a sketch of a {subject} in the snow", "stylised", "sketch", "snow"), Prompt("a photo of a {subject} in the snow", "photo", "photo", "snow")]
+prompts = [Prompt("a pencil sketch of a {subject} in the snow"), Prompt("a photo of a {subject} in the snow")]
 evaluate(subjects, prompts, ["consistency:text=5", "style_contrast:text=5"], 2, [brightness], sys.argv[1], steps=2, batch_size=3, progress=False, threads=1)
 Path(f"process{os.environ['RANK']}of{os.environ['WORLD_SIZE']}").touch()
 """
@@ -593,7 +614,7 @@ def made_up(n_subjects=12, gain=.05, seed=0, scales=(1., 2., 3.), nan=False):
                 for family, extra in (("consistency", 0.), ("parallel_rescale", gain)):
                     for scale in scales:
                         rows.append(dict(subject=f"s{s}", rule=f"{family} {scale:g}", family=family, prompt=p, text=f"{{subject}} {p}", kind="photo" if p == 3 else "stylised",
-                                         prompt_style=None, prompt_background=None, seed=k, noise=k, style=1 - .05 * scale + .01 * rng.normal(),
+                                         seed=k, noise=k, alignment=1 - .05 * scale + .01 * rng.normal(), weather=np.nan,
                                          identity=.3 + .1 * scale + easy + extra + shared + .01 * rng.normal(), leak=np.nan if nan or p == 3 else .1 * scale))
     return pd.DataFrame(rows)
 
@@ -603,7 +624,7 @@ TABLE = made_up()
 
 def test_summarize():
     found = summarize(TABLE)
-    assert set(found.metric) == {"style", "identity", "leak"} and set(found.subjects) == {12}
+    assert set(found.metric) == {"alignment", "identity", "leak"} and set(found.subjects) == {12}
     row = found.query("rule == 'consistency 2' and metric == 'identity'").iloc[0]
     part = TABLE[TABLE.rule == "consistency 2"]
     assert row["mean"] == pytest.approx(part.groupby("subject").identity.mean().mean()) and row.low < row["mean"] < row.high and row.pictures == len(part)
@@ -670,7 +691,7 @@ def test_hypervolumes_and_matched_find_the_better_family():
     assert hypervolumes(better, "leak", "identity", reference=(1., 0.)).set_index("family").loc["parallel_rescale", "difference_low"] > 0
     assert np.isnan(curve_gap(np.array([[0., 1], [1, 1]]), np.array([[2., 1], [3, 1]])))
     with pytest.raises(ValueError, match="one setting"): matched(TABLE[TABLE.rule != "consistency 1"][lambda t: t.rule != "consistency 2"], "consistency", "parallel_rescale")
-    with pytest.raises(ValueError, match="no pictures yet"): tradeoff_points(TABLE[(TABLE.subject != "s0") | (TABLE.rule != "consistency 1")], "style", "identity")
+    with pytest.raises(ValueError, match="no pictures yet"): tradeoff_points(TABLE[(TABLE.subject != "s0") | (TABLE.rule != "consistency 1")], "alignment", "identity")
 
 
 def test_worst_looks_at_the_bad_end():
@@ -679,8 +700,8 @@ def test_worst_looks_at_the_bad_end():
 
 
 def test_axes():
-    assert axes_of(TABLE) == ("style", "identity") and axes_of(TABLE.assign(style=np.nan)) is None
-    assert axes_of(pd.DataFrame(dict(clip_text=[.2], dino=[.5], prompt=[0]))) == ("clip_text", "dino") and metrics_of(TABLE) == ["style", "identity", "leak"]
+    assert axes_of(TABLE) == ("alignment", "identity") and axes_of(TABLE.assign(alignment=np.nan)) is None
+    assert axes_of(pd.DataFrame(dict(clip_text=[.2], dino=[.5], prompt=[0]))) == ("clip_text", "dino") and set(metrics_of(TABLE)) == {"alignment", "identity", "weather", "leak"}
 
 
 def test_report(whole, tmp_path):
@@ -704,7 +725,7 @@ def test_tradeoff_plot():
     truth = TABLE[TABLE.rule == "consistency 1"].assign(rule="true renders", family="truth")
     axes = plot_tradeoff(pd.concat([TABLE, truth]))
     labels = [t.get_text() for t in axes.get_legend().get_texts()]
-    assert labels == ["consistency", "parallel rescaling", "true renders"] and axes.get_xlabel() == "style probability"
+    assert labels == ["consistency", "parallel rescaling", "true renders"] and axes.get_xlabel() == "text alignment"
 
 
 def test_two_functions_are_two_evaluations_and_rows_are_not(cases):

@@ -11,12 +11,17 @@ import pandas as pd
 import pytest
 
 from parallel_rescale import ConsistencyGuidance, RULES
-from parallel_rescale.evidence.recorded import RECORDED, recorded
-from parallel_rescale.world.tinyworld import SUBJECTS
+from parallel_rescale.evidence import recorded as module
+from parallel_rescale.evidence.questions import Steered
+from parallel_rescale.evidence.recorded import made, of_another, record, RECORDED, recorded
+from parallel_rescale.evidence.scorers import asked_of
+from parallel_rescale.evidence.world_scorers import ASKED
+from parallel_rescale.world.scenes import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "evidence.py"
-SCORED = [p.stem for p in sorted(RECORDED.glob("*.csv")) if p.stem not in ("ratio", "two_subjects", "failures")]
+TABLES = [p.stem for p in sorted(RECORDED.glob("*.csv"))]
+SCORED = [name for name in TABLES if name not in ("ratio", "two_subjects", "failures")]
 CHAPTERS = ["nbs/5_evidence/08_evidence.ipynb", "nbs/5_evidence/09_family.ipynb", "nbs/index.ipynb"]
 PAPERS_OWN = {"0.6457", "0.6517", "0.6833", "0.6776"}
 
@@ -41,8 +46,27 @@ def test_recorded_tables_hold_together(name):
     assert not table.duplicated(["trained", "regime", "subject", "rule", "kind"]).any()
     cells = table.groupby(["trained", "regime", "rule", "kind"]).subject.nunique()
     assert cells.nunique() == 1 and cells.iloc[0] >= 4                              # every rule was drawn for every subject
-    assert table[["style", "class", "background"]].stack().between(0, 1).all() and table.pictures.min() > 0
-    assert table.loc[table.kind == "stylised", ["style", "identity", "oracle", "leak"]].notna().all().all()
+    asked = {name for text in made(name)["prompts"] for name in asked_of(text)}
+    assert asked == {name for name in ASKED if name in table}                       # what was asked was scored, and nothing else
+    assert table[[*asked, "class", "alignment"]].stack().between(0, 1).all() and table.pictures.min() > 0
+    assert table.loc[table.kind == "stylised", ["style", "alignment", "identity", "oracle", "leak"]].notna().all().all()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_recorded_tables_are_of_this_edition(name):
+    "Of this package's model, judge and world. If this fails, the note beside the table names the command that makes it anew."
+    assert of_another(name) == [] and made(name)["commit"] and made(name)["command"].startswith("python benchmarks/")
+
+
+def test_a_table_of_another_edition_is_read_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RECORDED", tmp_path)
+    record(pd.DataFrame([dict(rule="CFG 3", kind="photo", identity=.5)]), "mine", tmp_path, command="python make_it.py", seeds=1)
+    assert recorded("mine", "photo").identity.tolist() == [.5] and made("mine", tmp_path)["seeds"] == 1
+    note = made("mine", tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps(note | dict(world="flat", judge="deaf")))
+    with pytest.warns(UserWarning, match="another judge, world.*python make_it.py makes it anew"): recorded("mine", None)
+    (tmp_path / "mine.json").unlink()
+    with pytest.warns(UserWarning, match="another model, judge, world"): recorded("mine", None)
 
 
 def test_asking_for_what_is_not_there():
@@ -98,28 +122,37 @@ def test_the_experiments_are_well_formed(evidence):
     for name, e in evidence.EXPERIMENTS.items():
         assert len(named_rules(e.rules())) >= 3 and set(e.names) <= set(SUBJECTS) and e.steps >= 20, name
         assert all(evidence.split(way)[1] in evidence.SETS for way in e.ways), name
+        assert evidence.counted(name)["pictures"] == len(e.ways) * len(e.names) * len(e.prompts) * evidence.counted(name)["rules"]
     counts = Counter(rule.name for rule in evidence.regimes().values() if rule != "truth")
     assert {n for f, n in counts.items() if f not in ("consistency", "parallel_rescale")} == {3}    # areas are compared between as many settings
+    asks = [asked_of(p.text) for p in evidence.ASKS]
+    assert sum(p.kind == "photo" for p in evidence.ASKS) * 2 == len(asks) and all(len(wants) >= 3 and wants.get("place") != "brick" and wants.get("accessory") != "scarf" for wants in asks)
+    assert sum("place" in wants for wants in asks) * 2 >= len(asks)
 
 
 def test_references_of_a_way_share_what_its_name_says(evidence):
     same, named, outfit = (evidence.references_of("mocha_the_cup", f"short; {s}") for s in ("same place", "same place, named", "same outfit, named"))
-    assert {c for _, c in same} == {"a photo of a {subject}"} and all("brick wall" in c for _, c in named) and all("wearing a hat" in c for _, c in outfit)
+    assert {c for _, c in same} == {"a photo of a {subject}"} and all("brick wall" in c for _, c in named) and all("wearing a scarf" in c for _, c in outfit)
     assert evidence.split("dco; same place, named") == ("dco", "same place, named") and evidence.split("dco") == ("dco", "varied")
 
 
 def test_an_experiment_from_teaching_to_its_table(evidence, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "EXPERIMENTS", {"small": evidence.Experiment(["short; same place"], ["pixel_the_cat"], lambda: {name: r for name, r in evidence.steered().items() if name.startswith("consistency")}, steps=2)})
+    plain = ConsistencyGuidance(3., 2.)
+    rules = {"consistency 3/2": plain, "consistency 3/2, judge backward": Steered(plain, backward=3, rate=5.)}
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"small": evidence.Experiment(["short; same place"], ["pixel_the_cat"], lambda: rules, evidence.ASKS[:5:2], steps=2)})
     evidence.run(tmp_path / "work", "small")
     table = pd.read_csv(tmp_path / "small.csv")
-    assert set(table.family) == {"consistency", "consistency, judge forward", "consistency, judge backward"}
-    asked = table.groupby("rule")[["style", "background"]].mean().mean(axis=1)
-    assert asked["consistency 3/2, judge backward"] > asked["consistency 3/2"] + .05                     # it was asked, and says so
-    assert table.pictures.sum() == 3 * 10 and set(table.trained) == {"short"} and set(table.regime) == {"same place"}
+    assert set(table.family) == {"consistency", "consistency, judge backward"}
+    met = table.groupby("rule").alignment.mean()
+    assert met["consistency 3/2, judge backward"] > met["consistency 3/2"] + .05                     # it was asked, and says so
+    assert table.pictures.sum() == 2 * 3 and set(table.trained) == {"short"} and set(table.regime) == {"same place"}
     assert table.shared_place.between(0, 1).all()
+    note = made("small", tmp_path)
+    assert of_another("small", tmp_path) == [] and note["pictures"] == 6 and len(note["prompts"]) == 3 and note["seconds_a_picture"] > 0
+    monkeypatch.setattr(evidence, "ASKS", evidence.ASKS[3:5])
     monkeypatch.setattr(evidence, "BOTH", ["short; varied"])
     monkeypatch.setattr(evidence, "ALL", ["pixel_the_cat", "mocha_the_cup"])
     evidence.ratio(tmp_path / "work")
     ratio = pd.read_csv(tmp_path / "ratio.csv")
-    assert len(ratio) == 2 * 2 * 2 * 20 and ratio.parallel_share.between(0, 1).all() and ratio.cosine.between(-1, 1).all()
+    assert len(ratio) == 2 * 2 * 2 * 20 and of_another("ratio", tmp_path) == [] and ratio.parallel_share.between(0, 1).all() and ratio.cosine.between(-1, 1).all()
     assert set(ratio.direction) == {"subject", "another class"}
