@@ -125,7 +125,7 @@ def block(tests=None) -> str:
         f"`max_rows=1` gives each prediction a call of its own and takes {spread(row[3] for row in counted('A step of each rule').values())} whatever the rule. "
         "[Universal guidance](2_machine/12_universal.ipynb) keeps what its gradient needs, most of it the decoder's, in float32.",
         table(rule_rows()),
-        "What the tests run on tiny models of random weights (SDXL: the embedded model). *From text*, *img2img* and *inpaint*: how many of the rules run, in one call a step; "
+        "What the tests run on tiny models of random weights (SDXL: with the embedded model's text encoders). *From text*, *img2img* and *inpaint*: how many of the rules run, in one call a step; "
         "✓ where the rule CFG gives the stock pipeline's own guidance (FLUX.2 dev has none; empty: diffusers has no such pipeline with CFG for this model). "
         "*Several subjects*: a LoRA each, in one call. *Fine-tuned*: by DCO and DreamBooth, into a file that the stock pipeline loads; words are learned for SDXL alone.",
         table(model_rows(tests)), END])

@@ -10,6 +10,7 @@ from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestra
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from tiny_pipelines import tiny
 
 from parallel_rescale.machine.adapter_rows import adapter_layers, adapter_rows, Rows, RowScale
 from parallel_rescale.machine.architectures import repeat_rows
@@ -123,7 +124,8 @@ def test_image_to_image(pipe):
     assert seen == [(i, 8) for i in range(4, 8)]       # the run starts in the middle of the schedule
 
 
-def test_inpainting(pipe):
+def test_inpainting():
+    pipe = tiny("sdxl", adapter=None).pipe
     other = StableDiffusionXLInpaintPipeline(**pipe.components, force_zeros_for_empty_prompt=False, add_watermarker=False)
     other.set_progress_bar_config(disable=True)
     def draw(prompt, scale):

@@ -38,7 +38,6 @@ WITHOUT_DEVICE = {  # module.function → why its factories may stand without de
     "attention_rows._column": "a number for each row, then moved",
     "adapter_rows._placed": "stands for the device that offloading has moved the weights to: the CPU",
     "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
-    "world_scorers._probability": "an index, which indexing takes from the CPU too",
     "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",
     "painter": "as training", "judge": "as training", "axes.decoder_metric": DRAWN,
     "model.paint": DRAWN,

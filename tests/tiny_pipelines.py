@@ -188,8 +188,12 @@ def flux2_klein():
 
 
 def sdxl():
-    "The embedded model; tests of its own make it otherwise, so it is not among `MODELS`."
-    return Tiny(load_tiny_sdxl(StableDiffusionXLPipeline), guidance_scale, size=dict(height=64, width=64))
+    """SDXL with the embedded model's text encoders, and a UNet and a VAE of random weights: diffusers' pipeline for inpainting takes 4 channels or 9, and the
+    embedded model has more. It has tests of its own, so it is not among `MODELS`."""
+    pipe = load_tiny_sdxl(StableDiffusionXLPipeline)
+    unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(in_channels=4, out_channels=4, block_out_channels=(32, 64, 64)))
+    four = StableDiffusionXLPipeline(**{**pipe.components, "unet": unet, "vae": vae()}, force_zeros_for_empty_prompt=False, add_watermarker=False)
+    return Tiny(four, guidance_scale, size=dict(height=32, width=32))
 
 
 MODELS = {f.__name__: f for f in (sd15, sd3, flux1, chroma, qwen_image, z_image, sana, flux2_dev, flux2_klein)}
