@@ -163,7 +163,8 @@ def judge_misses(prompts):
     "For `Steered`: how far TinyWorld's judge is from seeing all that each prompt asks for, [B]."
     asks = [asked_of(p.text) for p in prompts]
     if empty := [p.text for p, wants in zip(prompts, asks) if not wants]:
-        raise ValueError(f"judge_misses: the prompt {empty[0]!r} asks for nothing that TinyWorld's judge knows")
+        raise ValueError(f"judge_misses: the prompt {empty[0]!r} asks for nothing that TinyWorld's judge "
+                         "knows")
     wanted = {name: [ATTRIBUTES[name].index(wants[name]) if name in wants else -100 for wants in asks]
               for name in ASKED if any(name in wants for wants in asks)}
     def loss(pictures): # [B, 3, 64, 64] in about [-1, 1] → [B]

@@ -49,7 +49,8 @@ def record(table: pd.DataFrame, name: str, folder, **told) -> None:
     folder, made = Path(folder), dict(edition(), commit=_commit(), date=str(date.today()), **told)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    note = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    (folder / f"{name}.json").write_text(note, encoding="utf-8")
 
 def made(name: str, folder=RECORDED) -> dict:
     "What is known of how a recorded table was made; an empty dict where nothing is."

@@ -99,7 +99,7 @@ def truth(name, asked) -> dict:
     return _truth(name, tuple(sorted(_wants(asked).items())))
 
 # %% ../../nbs/5_evidence/02_world_scorers.ipynb #c028as
-ASKED = tuple(name for name in ATTRIBUTES if name != "cls")     # what a prompt can ask for, beside its subject
+ASKED = tuple(name for name in ATTRIBUTES if name != "cls")  # what a prompt can ask for, beside its subject
 
 def asked_scores(seen, texts) -> dict:
     """P(value asked) of N images by the judge's answers `seen`: each of `ASKED`, NaN where a text does not

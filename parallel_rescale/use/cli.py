@@ -137,7 +137,7 @@ _SCORES = [
 @plain_errors
 @with_options(*shared("rule", *DRAWING, batch_size=16), *_SCORES)
 @quietly()
-def evaluate(subjects: Annotated[list[str], _MEASURED], prompts: Annotated[str, _ASKED] = "tinyworld20",
+def evaluate(subjects: Annotated[list[str], _MEASURED], prompts: Annotated[str, _ASKED] = "hard",
              output: Annotated[Path, _RESULTS] = Path("runs/evaluation"),
              num_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
              *, rule=DEFAULT_RULES, scorer=("judge",), ray=None, **drawing):
