@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from parallel_rescale.use import cli
-from parallel_rescale.world.tinyworld import reference_set
+from parallel_rescale.world.pictures import reference_set
 
 STEPS = ["--steps", "2"]
 

@@ -44,7 +44,7 @@ def test_it_opens_with_two_rules_on_the_same_noise_and_tells_of_both(explorer):
     assert explorer.settings == Settings(steps=4) and len(explorer.images) == 2
     assert [p.rule for p in explorer.painted] == list(explorer.settings.rules)
     for side, picture in enumerate(explorer.screen.pictures):
-        assert "data:image/png;base64," in picture.value and 'alt="Picture by' in picture.value and "place beach" in picture.value
+        assert "data:image/png;base64," in picture.value and 'alt="Picture by' in picture.value and "place city" in picture.value and "the judge sees a photo" in picture.value
     shown = 2 + sum(len(p.previews) + 1 for p in explorer.painted)          # charts; previews and pictures
     assert explorer.screen.charts.value.count("<img") == shown and explorer.screen.maps.value.count("<img") == 2
     assert "Painted in" in explorer.screen.message.value and repr(explorer).startswith("Explorer(")
@@ -58,7 +58,7 @@ def test_a_slider_moves_its_own_picture_and_leaves_the_other(explorer):
     assert pixels(explorer.images[1]) != pixels(second.image)
 
 
-@pytest.mark.parametrize("name, value", [("seed", 1), ("steps", 3), ("prompt", "a {subject} at night"), ("style", "neon"), ("place", "snow")])
+@pytest.mark.parametrize("name, value", [("seed", 1), ("steps", 3), ("prompt", "a {subject} at night"), ("style", "neon"), ("place", "snow"), ("beside it", "ball")])
 def test_every_control_changes_the_picture(explorer, name, value):
     before = pixels(explorer.image)
     explorer.asking.plain[name].value = value
@@ -71,10 +71,20 @@ def test_a_button_draws_from_another_noise(explorer):
 
 
 def test_the_lists_write_the_prompt_and_the_prompt_moves_the_lists(explorer):
-    explorer.asking.style.value = "watercolor"
+    lists = explorer.asking.lists
+    explorer.asking.prompt.value = "a photo of a <pixel> on the beach"
+    lists["style"].value = "watercolor"
     assert explorer.settings.prompt == "a watercolor painting of a {subject} on the beach"
-    explorer.asking.prompt.value = "a <pixel> at night"
-    assert (explorer.asking.style.value, explorer.asking.place.value) == ("", "night")
+    lists["beside it"].value = "robot"
+    lists["accessory"].value = "bow tie"
+    assert explorer.settings.prompt == "a watercolor painting of a {subject} wearing a bow tie next to a robot on the beach"
+    explorer.asking.prompt.value = "a green <pixel> asleep at night in the rain with a ball on the left"
+    shown = {name: made.value for name, made in lists.items() if made.value}
+    assert shown == {"place": "night", "weather": "rain", "colour": "green", "doing": "asleep", "beside it": "ball"}
+    lists["weather"].value = ""
+    assert explorer.settings.prompt == "a photo of a green {subject} asleep with a ball on the left at night", "the side stays"
+    lists["beside it"].value = ""
+    assert explorer.settings.prompt == "a photo of a green {subject} asleep at night"
 
 
 @pytest.mark.parametrize("name, value, says", [
@@ -177,7 +187,7 @@ def test_every_control_has_a_label_and_everything_its_class(explorer):
     for control in inside(explorer.widget):
         if hasattr(control, "value") and not isinstance(control, w.HTML) or isinstance(control, w.Button):
             assert control.description.strip(), control
-    assert {f"pr-{name}" for name in """explorer controls prompt style place seed another steps stop rule rule-0 rule-1
+    assert {f"pr-{name}" for name in """explorer controls prompt style place weather accessory colour doing beside-it seed another steps stop rule rule-0 rule-1
         field-text field-consistency field-ratio field-gain field-whole screen message picture picture-0 picture-1 step map charts
         code""".split()} <= classes(explorer)
 
@@ -250,7 +260,7 @@ def test_latents_that_cannot_be_previewed_are_refused_before_any_work(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_vae_that_rests_elsewhere_decodes_where_its_hook_takes_it(pipe, dtype):
     """As under diffusers' CPU offload, where `vae.device` is the CPU: here weights rest on "meta"."""
-    vae, latents = copy.deepcopy(pipe.vae).to(dtype), torch.randn(1, 4, 8, 8)
+    vae, latents = copy.deepcopy(pipe.vae).to(dtype), torch.randn(1, pipe.vae.config.latent_channels, 8, 8)
     expected, state = decode(vae, latents), vae.state_dict()
     vae.to("meta")
     def fetch(module): module.to_empty(device="cpu").load_state_dict(state)

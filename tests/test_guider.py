@@ -60,7 +60,7 @@ def test_texts_in_a_batch(pipe, blocks):
 
 def test_texts_in_a_batch_with_two_pictures_each(pipe, blocks):
     prompts, rule = [PROMPT, "a sketch of a <pixel> in the snow"], ParallelRescale(3., 2.)
-    def start(n): return torch.randn(n, 4, 16, 16, generator=noise())
+    def start(n): return torch.randn(n, pipe.unet.config.in_channels, 16, 16, generator=noise())
     four = run(blocks, guider_for(pipe, rule, prompts), prompts, num_images_per_prompt=2, latents=start(4))
     for i, prompt in enumerate(prompts):
         two = run(blocks, guider_for(pipe, rule, prompt), prompt, num_images_per_prompt=2, latents=start(4)[2 * i:2 * i + 2])

@@ -81,7 +81,7 @@ def test_a_subject_is_pushed_with_its_card(hub, tmp_path):
 def photographs(folder):
     from PIL import Image
 
-    from parallel_rescale.world.tinyworld import reference_set
+    from parallel_rescale.world.pictures import reference_set
     folder.mkdir()
     for i, (pixels, _) in enumerate(reference_set("pixel_the_cat", "{subject}")[:2]): Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder

@@ -225,9 +225,10 @@ class Explorer(_Paints):
     `images` are the last good pictures, `painted` their stories, `code` and `codes` the calls that make them.
     `wait()` waits for what is being painted, `stop()` gives it up, `close()` ends it all and lets go of the
     pipeline and its memory. CSS classes, for style sheets and tests:
-    pr-explorer around pr-controls (pr-prompt, pr-style, pr-place, pr-seed, pr-another, pr-steps, pr-stop;
-    pr-rule pr-rule-0 and pr-rule-1 with pr-field-NAME) and pr-screen (pr-message with pr-say or pr-error,
-    pr-picture pr-picture-0 and pr-picture-1, pr-step, pr-map, pr-charts, pr-code)."""
+    pr-explorer around pr-controls (pr-prompt, a pr-NAME for each list such as pr-style and pr-beside-it,
+    pr-seed, pr-another, pr-steps, pr-stop; pr-rule pr-rule-0 and pr-rule-1 with pr-field-NAME) and pr-screen
+    (pr-message with pr-say or pr-error, pr-picture pr-picture-0 and pr-picture-1, pr-step, pr-map, pr-charts,
+    pr-code)."""
     def __init__(self, pipe, opening, settings, scorers=()):
         import ipywidgets as w
         self.pipe, self.opening, self.scorers, self.codes = pipe, opening, scorers, []
