@@ -159,12 +159,12 @@ _WHO = typer.Option(help="One of TinyWorld's held-out subjects.")
 
 @app.command()
 @plain_errors
-@with_options(*shared("seed", "steps", "overwrite"),
+@with_options(*shared("seed", "steps", "overwrite", steps=20),
               option("max_train_steps", int, None, "Of each fine-tuning. Default: 400."))
 @quietly()
 def demo(output: Annotated[Path, _FIGURES] = Path("runs/demo"),
          subject: Annotated[str, _WHO] = "pixel_the_cat",
-         num_seeds: Annotated[int, _SHOWN] = 4, *, seed, steps, overwrite, max_train_steps=None):
+         num_seeds: Annotated[int, _SHOWN] = 2, *, seed, steps, overwrite, max_train_steps=None):
     "See what goes wrong, and what mends it: learn and compare on the embedded model, in minutes."
     from parallel_rescale.use.demo import demo_names, run_demo
     from parallel_rescale.use.pictures import free_place, seeds_of

@@ -295,7 +295,7 @@ def settings_of(halves, seeds, steps) -> dict:
             | {name: half.took for name, half in halves.items()})
 
 # %% ../../nbs/6_use/01_demo.ipynb #d025da1
-def run_demo(folder, subject="pixel_the_cat", seeds=range(4), steps=30, max_train_steps=None,
+def run_demo(folder, subject="pixel_the_cat", seeds=range(2), steps=20, max_train_steps=None,
              overwrite=False, say=print):
     """Teach the embedded model a subject from references in one place and in four, draw, judge and
     report; the files are in `folder`."""

@@ -262,7 +262,7 @@ def judged(image, prompt, subject) -> dict:
     its score in [0, 1], and `seen`, a sentence that says what it takes the picture for."""
     answers, wants = judge_images(load_judge(), [image.convert("RGB")]), asked_of(prompt)
     (p,) = asked_probabilities(answers, [wants])
-    asked = {f"{TOLD.get(name, name)} {value}": p[name] for name, value in wants.items()}
+    asked = {f"{TOLD.get(name, name)} {wants[name]}": p[name] for name in ATTRIBUTES if name in wants}
     if name := world_name(subject):
         asked[f"identity {subject.token}"] = float(identity_scores(answers, [prompt], name)["identity"][0])
     seen = seen_in(answers)
