@@ -9,6 +9,7 @@ from types import CodeType, ModuleType
 
 import pytest
 
+from parallel_rescale.evidence.recorded import RECORDED
 from parallel_rescale.tools.exercises import attempt, is_open
 from parallel_rescale.method.registry import known_rules
 
@@ -72,10 +73,12 @@ def test_an_exercise_waits_while_it_is_open(path):
 
 
 SLOW = {"reading_a_run.ipynb"}                           # solutions that need a training
+ON_TABLES = {"08_evidence.ipynb", "09_family.ipynb", "personalisation.ipynb"}    # … and those that read recorded tables
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW)) for p in WITH], ids=lambda p: p.stem)
 def test_every_exercise_is_solved_by_its_solution(path, monkeypatch, tmp_path):
+    if path.name in ON_TABLES and not list(RECORDED.glob("*.csv")): pytest.skip("no table is recorded for this model yet")
     import matplotlib
     matplotlib.use("Agg")
     monkeypatch.setattr(sys.modules["parallel_rescale.method.guidance"], "RULES", dict(known_rules()))

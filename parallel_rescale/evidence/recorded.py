@@ -70,10 +70,12 @@ def recorded(name: str, # of an experiment in benchmarks/evidence.py
             ) -> pd.DataFrame:
     """What an experiment left: the `subject_means` of each way of training (in `ratio` means by step, in
     `failures` single images). ValueError for an unknown name, a warning for a table of another edition."""
-    check_name("experiment", name, sorted(p.stem for p in RECORDED.glob("*.csv")))
-    if other := of_another(name):
+    known = sorted(p.stem for p in RECORDED.glob("*.csv"))
+    if not known: raise ValueError("experiment: there are no recorded tables; benchmarks/evidence.py makes them")
+    check_name("experiment", name, known)
+    if other := of_another(name, RECORDED):
         warnings.warn(f"the recorded table {name!r} was made with another {', '.join(other)} than this "
-                      f"package's; {made(name).get('command', 'benchmarks/evidence.py')} makes it anew")
+                      f"package's; {made(name, RECORDED).get('command', 'benchmarks/evidence.py')} makes it anew")
     table = pd.read_csv(RECORDED / f"{name}.csv")
     for column, value in dict(kind=kind, trained=trained, regime=regime).items():
         if value is not None:
