@@ -37,7 +37,7 @@ def main():
     references = [(Image.fromarray(np.asarray(image)), text) for image, text in reference_set(NAME, "{subject}", "same place", named=False)]
     who = References(NAME, "cat", tuple(image for image, _ in references))
     with tempfile.TemporaryDirectory() as folder:
-        pipe = pipeline_of(finetune(references, class_noun="cat", token=TOKEN, output=folder, seed=0, overwrite=True))
+        pipe = pipeline_of(finetune(references, class_noun="cat", token=TOKEN, output=folder, seed=0, overwrite=True).folder)
         pictures = {rule.label: [image for seed in range(SEEDS) for image in drawn(pipe, rule, seed)] for rule in RULES}
     truth = [Image.fromarray(true_images(NAME, prompt, 1)[0]) for prompt in PROMPTS]
     tables = {rule: pd.DataFrame(score(JudgeScorer(), images, [Prompt(p) for p in PROMPTS * (len(images) // len(PROMPTS))], who))

@@ -71,11 +71,12 @@ def recorded(name: str, # of an experiment in benchmarks/evidence.py
     """What an experiment left: the `subject_means` of each way of training (in `ratio` means by step, in
     `failures` single images). ValueError for an unknown name, a warning for a table of another edition."""
     known = sorted(p.stem for p in RECORDED.glob("*.csv"))
-    if not known: raise ValueError("experiment: there are no recorded tables; benchmarks/evidence.py makes them")
+    if not known: raise ValueError("experiment: no recorded tables; benchmarks/evidence.py makes them")
     check_name("experiment", name, known)
     if other := of_another(name, RECORDED):
+        command = made(name, RECORDED).get("command", "benchmarks/evidence.py")
         warnings.warn(f"the recorded table {name!r} was made with another {', '.join(other)} than this "
-                      f"package's; {made(name, RECORDED).get('command', 'benchmarks/evidence.py')} makes it anew")
+                      f"package's; {command} makes it anew")
     table = pd.read_csv(RECORDED / f"{name}.csv")
     for column, value in dict(kind=kind, trained=trained, regime=regime).items():
         if value is not None:
@@ -122,7 +123,7 @@ def paired(table: pd.DataFrame, rule: str, against: str, metric: str) -> dict:
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c013
 def clearly(found: dict) -> int:
-    "1 where a difference is clearly more than 0, −1 where clearly less: ≥ 8 subjects leave out 0; else 0."
+    "1 where a difference is clearly more than 0, −1 where less: ≥ 8 subjects leave out 0; else 0."
     if pd.isna(found["difference"]) or found["subjects"] < 8: return 0
     return int(found["low"] > 0) - int(found["high"] < 0)
 

@@ -106,8 +106,7 @@ def watching(scheduler,
 
 # %% ../../nbs/6_use/07_story.ipynb #e016
 def small_picture(pipe, latents, side=32) -> Image.Image:
-    """The first of `latents` [B, C, h, w], or of a square's tokens [B, L, 4C], as a picture, made smaller
-    before the VAE where h or w > `side`."""
+    "The first of `latents` [B, C, h, w] or tokens [B, L, 4C] as a picture, at most `side` wide for the VAE."
     if latents.ndim == 3: latents = unpack(latents, 2 * (round(latents.shape[1] ** .5),))  # FLUX.1
     scale = side / max(latents.shape[-2:])
     latents = latents[:1].float()
@@ -234,14 +233,12 @@ def seen_in(answers) -> dict:
     best = {name: answers[name][0].softmax(0).max(0) for name in ATTRIBUTES}
     seen = {name: ATTRIBUTES[name][int(p.indices)] for name, p in best.items()}
     if "none" not in (seen["companion"], seen["other"]):            # one neighbour: the surer of the two
-        seen[min("companion", "other", key=lambda name: best[name].values)] = "none"
-    if seen["companion"] == seen["other"]: del seen["side"]         # nothing is beside it
+        del seen[min("companion", "other", key=lambda name: best[name].values)]
     return {name: value for name, value in seen.items() if value != "none"}
 
 # %% ../../nbs/6_use/07_story.ipynb #e038w
 def written(values, noun="{subject}") -> str:
-    """The text that asks for `values`, attribute → value, in the canonical words of captions; a photo where
-    they name no style."""
+    "The text that asks for `values`, attribute → value, in canonical words; a photo without a style."
     said = {name: value for name, value in values.items() if value != "none" and name != "cls"}
     if not {"companion", "other"} & said.keys(): said.pop("side", None)
     who = {s.cls: s for s in SUBJECTS.values()}
@@ -258,8 +255,7 @@ def world_name(subject) -> str | None:
 TOLD = dict(accessory="wears", doing="does", companion="beside it", other="beside it", side="on the")
 
 def judged(image, prompt, subject) -> dict:
-    """What TinyWorld's judge says of a 64 × 64 picture: `asked`, from each thing that the prompt asks for to
-    its score in [0, 1], and `seen`, a sentence that says what it takes the picture for."""
+    "The judge on a 64 × 64 picture: `asked`, thing → score in [0, 1]; `seen`, what it sees as a sentence."
     answers, wants = judge_images(load_judge(), [image.convert("RGB")]), asked_of(prompt)
     (p,) = asked_probabilities(answers, [wants])
     asked = {f"{TOLD.get(name, name)} {wants[name]}": p[name] for name in ATTRIBUTES if name in wants}
@@ -274,8 +270,7 @@ def is_embedded(pipe) -> bool:
     return str(pipe.config.get("_name_or_path") or "") == TINY_SDXL
 
 def scores_of(pipe, image, prompt, scorers=()) -> dict:
-    """`judged` where the model is the embedded one; besides, the numbers of `scorers` for a prompt that
-    names the subject."""
+    "`judged` where the model is the embedded one, and numbers of `scorers` for a prompt with the subject."
     subject = subject_of(pipe)
     found = judged(image, prompt, subject) if is_embedded(pipe) and image.size == (64, 64) else dict(asked={})
     text = prompt.replace(subject.token, "{subject}") if subject else prompt
