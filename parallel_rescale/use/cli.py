@@ -122,8 +122,8 @@ def info(subject: SubjectFolder,
 # %% ../../nbs/6_use/05_cli.ipynb #c032
 _MEASURED = typer.Argument(show_default=False, help="Saved subjects: FOLDER, or FOLDER=PICTURES with the "
                            "folder of its reference pictures (or the name of one of TinyWorld's subjects).")
-_ASKED = typer.Option(help="places, tinyworld, dreambench, hard; for photographs stylised, dreambench_object, "
-                      "dreambench_live; or a .txt or .json file.")
+_ASKED = typer.Option(help="places, tinyworld, dreambench, hard; for photographs stylised, "
+                      "dreambench_object, dreambench_live; or a .txt or .json file.")
 _RESULTS = typer.Option(help="Results folder; the same evaluation goes on in it.")
 _SCORES = [
     option("scorer", list[str], None, "judge, oracle, leak, clip, dino, siglip; a model after a colon. "

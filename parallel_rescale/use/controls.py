@@ -54,7 +54,8 @@ def scores_html(found) -> str:
     rows = [f'<tr><th scope="row">{html.escape(name)}</th><td>{value:.2f}</td><td class="pr-bar"><div>'
             f'<i style="width:{100 * min(max(value, 0), 1):.0f}%"></i></div></td></tr>'
             for name, value in found["asked"].items()]
-    seen = f'<div class="pr-state">the judge sees {html.escape(found["seen"])}</div>' if "seen" in found else ""
+    seen = html.escape(found.get("seen", ""))
+    seen = f'<div class="pr-state">the judge sees {seen}</div>' if seen else ""
     return f'<table class="pr-scores">{"".join(rows)}</table>{seen}'
 
 def picture_html(image, rule, prompt, state, found=None) -> str:
