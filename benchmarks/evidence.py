@@ -8,7 +8,7 @@ With two processes, first both teach, each half of the subjects, and then they s
     python benchmarks/evidence.py all --teach 0/2 & python benchmarks/evidence.py all --teach 1/2; wait
     torchrun --nproc_per_node 2 benchmarks/evidence.py all
 
-Pictures' scores stay in --work, apart for each model; what the chapters read, a mean for each subject, rule and kind of prompt, goes to
+Subjects and pictures' scores stay in --work, apart for each model and judge; what the chapters read, a mean for each subject, rule and kind of prompt, goes to
 parallel_rescale/data/evidence/<experiment>.csv, and beside it a .json says with which world, model and judge it was made. A run that was
 stopped goes on where it ended.
 """
@@ -163,6 +163,11 @@ def home(work, way, name):
     return work / "subjects" / "; ".join(split(way)) / name
 
 
+def results(work, experiment, way):
+    "Where the pictures' scores of an experiment lie: another judge has a folder of its own."
+    return work / edition()["judge"][:8] / experiment / way
+
+
 def references_of(name, way): return reference_set(name, "{subject}", **SETS[split(way)[1]])
 
 
@@ -172,8 +177,7 @@ def teach(work, ways, names, share=(0, 1)):
     for way, name in [*product(ways, names)][share[0]::share[1]]:
         folder = home(work, way, name)
         if not (folder / "subject.json").exists():
-            with quietly():
-                finetune(references_of(name, way), class_noun=SUBJECTS[name].cls, token=f"<{name.split('_')[0]}>", output=folder, overwrite=True, **WAYS[split(way)[0]])
+            finetune(references_of(name, way), class_noun=SUBJECTS[name].cls, token=f"<{name.split('_')[0]}>", output=folder, overwrite=True, **WAYS[split(way)[0]])
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,7 +249,7 @@ def run(work, experiment):
     "Draw and score an experiment; write its means."
     e = EXPERIMENTS[experiment]
     teach(work, e.ways, e.names)
-    rows, folders, made = [], [work / experiment / way for way in e.ways], e.rules()
+    rows, folders, made = [], [results(work, experiment, way) for way in e.ways], e.rules()
     for way, folder in zip(e.ways, folders):
         subjects = {name: (str(home(work, way, name)), references_of(name, way)) for name in e.names}
         table = evaluate(subjects, e.prompts, made, 1, SCORERS, output=folder, batch_size=20, steps=e.steps, dtype=DTYPE, threads=1, images=e.images)
@@ -273,7 +277,7 @@ def failures(work):
     "The worst cells by each of WORST, as the mean over the rules at 3/2: nbs/images/failures.png, and their scores. A red frame: the judge gives it less than one half."
     if int(os.environ.get("RANK", 0)): return
     rows, key, rules = [], ["trained", "subject", "text", "seed"], ["true renders", "CFG 3", "consistency 3/2", "parallel rescaling 3/2", "style contrast 3/2", "focused contrast 3/2"]
-    table = pd.concat([load_scores(work / "regimes" / way).assign(trained=split(way)[0], folder=str(work / "regimes" / way)) for way in BOTH[:2]]).query("rule in @rules")
+    table = pd.concat([load_scores(results(work, "regimes", way)).assign(trained=split(way)[0], folder=str(results(work, "regimes", way))) for way in BOTH[:2]]).query("rule in @rules")
     for metric in WORST:
         low = table[table.family != "truth"].groupby(key)[metric].mean().dropna().sort_values().reset_index().head(1)
         rows.append(table.merge(low.drop(columns=metric), on=key).assign(worst=metric).set_index("rule").loc[rules].reset_index())

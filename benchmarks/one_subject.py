@@ -48,7 +48,7 @@ def main():
     frames = [[None, None, *("#E00000" if missed[rule][i] else None for rule in pictures)] for i in range(len(PROMPTS))]
     page = image_grid(grid, [p.replace("{subject}", TOKEN) for p in PROMPTS], ["it was shown", "the truth", *pictures], scale=2, smooth=True, text=15, frames=frames,
                       title="One wall, four photographs: in a red frame something asked for is missing").convert("RGB")
-    page.resize((900, round(900 * page.height / page.width)), Image.LANCZOS).save(HERE.parent / "nbs" / "images" / "one_subject.jpg", quality=78, optimize=True)
+    page.resize((820, round(820 * page.height / page.width)), Image.LANCZOS).save(HERE.parent / "nbs" / "images" / "one_subject.jpg", quality=72, optimize=True)
 
 
 if __name__ == "__main__": main()
