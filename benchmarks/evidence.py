@@ -8,6 +8,8 @@ With two processes, first both teach, each half of the subjects, and then they s
     python benchmarks/evidence.py all --teach 0/2 & python benchmarks/evidence.py all --teach 1/2; wait
     torchrun --nproc_per_node 2 benchmarks/evidence.py all
 
+The programme can be done in parts: `--subjects 0:8` and later, on any machine, `--subjects 8:12` add their rows to the same tables.
+
 Subjects and pictures' scores stay in --work, apart for each model and judge; what the chapters read, a mean for each subject, rule and kind of prompt, goes to
 parallel_rescale/data/evidence/<experiment>.csv, and beside it a .json says with which world, model and judge it was made. A run that was
 stopped goes on where it ended.
@@ -27,7 +29,7 @@ from PIL import Image
 from parallel_rescale import (Branch, CFG, ConsistencyGuidance, Focus, FocusedContrast, Guidance, NegativeStyle,
                               OrthogonalOnly, ParallelRescale, PersonalizationGuidance, StyleContrast, TINY_SDXL,
                               evaluate, every, finetune, interval)
-from parallel_rescale.evidence.recorded import edition, record, RECORDED
+from parallel_rescale.evidence.recorded import edition, made, of_another, record, RECORDED
 from parallel_rescale.evidence.reports import markdown_table, subject_means
 from parallel_rescale.method.consistency import consistency_guidance
 from parallel_rescale.evidence.evaluation import load_pipeline
@@ -45,6 +47,7 @@ from parallel_rescale.world.pictures import reference_set
 from parallel_rescale.world.scenes import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
+PART = []    # of the subjects, in the folders' names
 DATA = RECORDED
 SCORERS = "judge", "oracle", "leak", "shared"
 TEXT = 3.0   # ω_text
@@ -61,8 +64,8 @@ SETTINGS = {f"{k}={v:g}": {name: v} for k, name, values in (("beta", "beta", (30
 WAYS = LOSSES | LENGTHS | SETTINGS
 SETS = {"varied": {}, "same place": dict(regime="same place", named=False), "same place, named": dict(regime="same place"),
         "same outfit": dict(regime="same outfit", named=False), "same outfit, named": dict(regime="same outfit")}
-ALL = list(SUBJECTS)
-EIGHT, FOUR = [n for i, n in enumerate(ALL) if i % 3], ALL[1::3]
+ALL = sorted(SUBJECTS, key=lambda n: [m for m in SUBJECTS if SUBJECTS[m].cls == SUBJECTS[n].cls].index(n))     # one of each class, then the second ones
+EIGHT, FOUR = ALL[:8], ALL[1:8:2]
 SCARVED = [n for n in ALL if n not in ("sunny_the_bird", "inky_the_octopus")][:8]   # on whom the judge sees a borrowed scarf in all four pictures
 BOTH = [f"{loss}; {references}" for references in ("same place", "varied") for loss in ("dco", "dreambooth 400")]
 
@@ -164,8 +167,8 @@ def home(work, way, name):
 
 
 def results(work, experiment, way):
-    "Where the pictures' scores of an experiment lie: another judge has a folder of its own."
-    return work / edition()["judge"][:8] / experiment / way
+    "Where the pictures' scores of an experiment lie: another judge, and another part of the subjects, have folders of their own."
+    return work / edition()["judge"][:8] / "".join([experiment, *PART]) / way
 
 
 def references_of(name, way): return reference_set(name, "{subject}", **SETS[split(way)[1]])
@@ -245,18 +248,29 @@ def seconds_a_picture(folders):
     return round(sum(s["sampling"] + s["scoring"] for s in speeds) / sum(s["pictures"] for s in speeds), 3)
 
 
+def with_those_before(table, experiment, prompts, steps):
+    "The table with the rows that other subjects left in the recorded one; ValueError where that was measured otherwise."
+    told = made(experiment, DATA)
+    if not told or of_another(experiment, DATA): return table
+    before = pd.read_csv(DATA / f"{experiment}.csv")
+    before = before[~before.subject.isin(table.subject)]
+    if len(before) and (told["prompts"] != prompts or told["steps"] != steps): raise ValueError(f"{experiment}: the recorded table asks for other prompts or steps")
+    return pd.concat([before, table], ignore_index=True)
+
+
 def run(work, experiment):
     "Draw and score an experiment; write its means."
     e = EXPERIMENTS[experiment]
+    if not e.names: return
     teach(work, e.ways, e.names)
-    rows, folders, made = [], [results(work, experiment, way) for way in e.ways], e.rules()
+    rows, folders, rules = [], [results(work, experiment, way) for way in e.ways], e.rules()
     for way, folder in zip(e.ways, folders):
         subjects = {name: (str(home(work, way, name)), references_of(name, way)) for name in e.names}
-        table = evaluate(subjects, e.prompts, made, 1, SCORERS, output=folder, batch_size=20, steps=e.steps, dtype=DTYPE, threads=1, images=e.images)
+        table = evaluate(subjects, e.prompts, rules, 1, SCORERS, output=folder, batch_size=20, steps=e.steps, dtype=DTYPE, threads=1, images=e.images)
         rows.append(subject_means(variants(table)).assign(trained=split(way)[0], regime=split(way)[1]))
     if int(os.environ.get("RANK", 0)): return
-    table = pd.concat(rows)
-    record(table, experiment, DATA, command=command(experiment), prompts=[p.text for p in e.prompts], subjects=len(e.names), seeds=1, steps=e.steps, dtype=DTYPE,
+    table = with_those_before(pd.concat(rows), experiment, [p.text for p in e.prompts], e.steps)
+    record(table, experiment, DATA, command=command(experiment), prompts=[p.text for p in e.prompts], subjects=table.subject.nunique(), seeds=1, steps=e.steps, dtype=DTYPE,
            pictures=int(table.pictures.sum()), seconds_a_picture=seconds_a_picture(folders))
     print(experiment, f"{seconds_a_picture(folders)} s a picture")
 
@@ -299,12 +313,13 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--teach", metavar="K/N", help="only teach the experiments' subjects, and of them every N-th from the K-th on, K from 0")
     parser.add_argument("--count", action="store_true", help="only count what the experiments ask for")
-    parser.add_argument("--subjects", type=int, metavar="N", help="only the first N subjects of each experiment: a look, not evidence")
+    parser.add_argument("--subjects", metavar="A:B", help="only these of the subjects, counted from 0: a part, which adds its rows to the tables")
     a = parser.parse_args()
     DATA.mkdir(exist_ok=True)
     work = a.work / edition()["model"][:8]          # a subject belongs to the model that it was taught on
     chosen = [*EXPERIMENTS, *FURTHER] if "all" in a.what else a.what
-    if a.subjects: few(a.subjects)
+    if a.subjects and not re.fullmatch(r"\d+:\d+", a.subjects): parser.error(f"--subjects: expected A:B, such as 0:8, got {a.subjects!r}")
+    if a.subjects: only(*map(int, a.subjects.split(":")))
     if a.teach and not re.fullmatch(r"\d+/\d+", a.teach) or a.teach and int(a.teach.split("/")[0]) >= int(a.teach.split("/")[1]):
         parser.error(f"--teach: expected K/N with K from 0 to N − 1, got {a.teach!r}")
     if a.count:
@@ -318,10 +333,11 @@ def main():
     for what in chosen: FURTHER[what](work) if what in FURTHER else run(work, what)
 
 
-def few(n):
-    "Cut all experiments down to the first n subjects, the same for all."
-    del ALL[n:]
-    EXPERIMENTS.update({name: replace(e, names=ALL) for name, e in EXPERIMENTS.items()})
+def only(first, last):
+    "Cut all experiments down to a part of the subjects."
+    chosen = ALL[first:last]
+    ALL[:] = chosen; PART[:] = [f" {first} to {last}"]
+    EXPERIMENTS.update({name: replace(e, names=[n for n in e.names if n in chosen]) for name, e in EXPERIMENTS.items()})
 
 
 if __name__ == "__main__": main()

@@ -140,7 +140,7 @@ def random_run(a, **changed):
     dtype = DTYPES[a.precision]
     unet.to(dtype).requires_grad_(False)
     s = SimpleNamespace(**dict(loss="dco", rank=32, train_batch_size=1, gradient_accumulation_steps=1, mixed_precision=a.precision, beta=1000.0, max_grad_norm=1.0, seed=0,
-                               train_text_encoder_ti=False, gradient_checkpointing=False, batched=False) | changed)
+                               train_text_encoder_ti=False, gradient_checkpointing=False, batched=False, timestep_density=None) | changed)
     params = [flatten(add_lora(unet, s.rank, ATTENTION))]
     if s.gradient_checkpointing: unet.enable_gradient_checkpointing(); unet.train()
     side, pooled = shape["sample_size"], shape["projection_class_embeddings_input_dim"] - 6 * shape["addition_time_embed_dim"]
