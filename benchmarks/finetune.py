@@ -157,6 +157,7 @@ def random_run(a, **changed):
 
 def timed(run, changed, a):
     "(names of the ways, seconds of each turn) of a run; nothing of it stays behind."
+    if a.device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()       # not of the UNet's making, in float32
     ways = {"step": lambda n: train_step(run, n)} | ({} if changed.get("batched") else dict(bare=bare(run), switch=switching(run)))
     return list(ways), take_turns(ways, a.repeats, a.device)
 
@@ -167,7 +168,6 @@ def sdxl(a):
     options = {"gradient checkpointing": dict(gradient_checkpointing=True), "none": dict(), "φ and θ in one call": dict(batched=True)}
     for name, changed in options.items():
         gc.collect()                                     # the run before is gone, or its UNet would stand beside this one
-        if a.device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
         try: ways, turns = timed(random_run(a, **changed), changed, a)
         except torch.OutOfMemoryError: yield head, [name, "does not fit", "–", "–", "–"]; continue
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if a.device == "cuda" else "–"

@@ -208,6 +208,8 @@ Parallel rescaling (three rows, fp16) for one picture, steered by a loss of the 
 Latents and prompts are cached; VAE and text encoders have left the card. What stays: the UNet, the LoRA in float32 and AdamW's averages.
 
 {table(["", "what stays", "beside it, at most", "together"], steps)}
+
+On an NVIDIA H200 the step without checkpointing took 14.0 GB at its peak, 13.0 GiB ([finetune-sdxl.md](finetune-sdxl.md)).
 """
 
 

@@ -21,9 +21,9 @@ from parallel_rescale.world.pictures import reference_set
 
 NAME, TOKEN = "pixel_the_cat", "<pixel>"
 PROMPTS = ("a photo of a {subject} on the beach", "a photo of a {subject} wearing a hat", "a photo of a {subject} wearing a crown in the city",
-           "a photo of a red {subject}", "a photo of a {subject} asleep in the snow", "a photo of a {subject} upside down at night",
-           "a watercolor painting of a {subject} wearing a crown", "a neon sign of a red {subject}")
-RULES = CFG(3.), PersonalizationGuidance(3., .5), ConsistencyGuidance(3., 2.), ParallelRescale(3., 2.), FocusedContrast(3., 2.)
+           "a photo of a blue {subject}", "a photo of a {subject} asleep in the snow", "a photo of a {subject} upside down at night",
+           "a watercolor painting of a {subject} wearing a crown", "a neon sign of a blue {subject}")
+RULES = CFG(5.), PersonalizationGuidance(5., .5), ConsistencyGuidance(5., 2.), ParallelRescale(5., 2.), FocusedContrast(5., 2.)
 SEEDS, STEPS = 2, 20
 HERE = Path(__file__).parent
 

@@ -27,7 +27,7 @@ from ..method.style_contrast import reference_prompt
 from ..subject.references import as_references
 from ..tools.util import check_name, PACKAGE
 from ..subject.adapters import decode, encode
-from ..world.judge import load_judge
+from ..world.judge import JUDGE_FILE, load_judge
 from ..world.painting import render
 from ..world.pictures import prompt_set as world_prompts, reference_set
 from ..world.scenes import ATTRIBUTES, SUBJECTS
@@ -159,8 +159,9 @@ class Truth:
         return [Image.fromarray(image) for image in images]
 
 # %% ../../nbs/5_evidence/03_questions.ipynb #s002
-def judge_misses(prompts):
-    "For `Steered`: how far TinyWorld's judge is from seeing all that each prompt asks for, [B]."
+def judge_misses(prompts, file=JUDGE_FILE):
+    """For `Steered`: how far TinyWorld's judge, or the one whose weights are in `file`, is from seeing all
+    that each prompt asks for, [B]."""
     asks = [asked_of(p.text) for p in prompts]
     if empty := [p.text for p, wants in zip(prompts, asks) if not wants]:
         raise ValueError(f"judge_misses: the prompt {empty[0]!r} asks for nothing that TinyWorld's judge "
@@ -168,7 +169,7 @@ def judge_misses(prompts):
     wanted = {name: [ATTRIBUTES[name].index(wants[name]) if name in wants else -100 for wants in asks]
               for name in ASKED if any(name in wants for wants in asks)}
     def loss(pictures): # [B, 3, 64, 64] in about [-1, 1] → [B]
-        seen = load_judge(device=str(pictures.device))(pictures.float())
+        seen = load_judge(file, str(pictures.device))(pictures.float())
         return sum(F.cross_entropy(seen[name], torch.tensor(numbers, device=pictures.device),
                                    reduction="none", ignore_index=-100) for name, numbers in wanted.items())
     return loss
