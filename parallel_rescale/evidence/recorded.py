@@ -147,7 +147,7 @@ def mean_of(rule, column, kind=None, trained="dco", regime="same place", experim
     return f"{table[table.rule == rule].groupby('subject')[column].mean().mean():.3f}"
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #n013
-def curves(table: pd.DataFrame, family: str, against: str, least: float = .8) -> dict:
+def curves(table: pd.DataFrame, family: str, against: str, least: float = .5) -> dict:
     """How far one family's curve lies above another's: `alignment` at the same identity, `identity` at
     the same alignment, `oracle` at the same identity."""
     at = dict(alignment=("identity", "alignment"), identity=("alignment", "identity"),

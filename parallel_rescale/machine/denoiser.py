@@ -44,9 +44,9 @@ def _largest(combined, sample, predictions) -> tuple:
     sizes = torch.stack([torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
                          for x in (combined, sample, *predictions.values())])
     if not sizes.is_cuda: return sizes, None, list(predictions)      # where copies cannot be waited for
-    sizes, event = sizes.to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record()
-    return sizes, event, list(predictions)
+    there = torch.cuda.current_stream(sizes.device)                  # the card's own, which may not be the first
+    sizes = sizes.to("cpu", non_blocking=True)
+    return sizes, there.record_event(), list(predictions)
 
 # %% ../../nbs/2_machine/06_denoiser.ipynb #c043ba1
 def _check_finite(sizes, branches, rule, when: str):

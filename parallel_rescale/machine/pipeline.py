@@ -10,10 +10,8 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.torch_utils import randn_tensor
 
 from .denoiser import guided
 from .guide import check_subject, encode_named, for_subject, load_subject, named_texts
@@ -112,19 +110,6 @@ def default_rows(pipe) -> int | None:
     models."""
     return 16 if pipe.default_sample_size > 64 else None
 
-# %% ../../nbs/2_machine/10_pipeline.ipynb #c020n
-def _noise(pipe, call, embeds) -> dict:
-    """The first latents of a model in half precision, drawn in float32, so that a seed shows the same picture
-    in every precision (torch draws other numbers in half); nothing where they are given, or not in half."""
-    hidden, generator = embeds["subject"].hidden, call.get("generator")
-    if call.get("latents") is not None or hidden.dtype == torch.float32: return {}
-    if isinstance(generator, list) and len(generator) != len(hidden): return {}     # the parent says what is wrong
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    size = [(call.get(k) or side) // pipe.vae_scale_factor for k in ("height", "width")]
-    drawn = randn_tensor((len(hidden), pipe.unet.config.in_channels, *size), generator,
-                         pipe._execution_device, torch.float32)
-    return dict(latents=drawn.to(hidden.dtype))
-
 # %% ../../nbs/2_machine/10_pipeline.ipynb #c020
 class SubjectPipeline(StableDiffusionXLPipeline):
     """diffusers' `StableDiffusionXLPipeline` with guidance rules and saved subjects; without `guidance=`
@@ -160,8 +145,7 @@ class SubjectPipeline(StableDiffusionXLPipeline):
         if max_rows is None and batched is None: max_rows = default_rows(self)
         with guided(self.unet, guidance, embeds, scheduler=self.scheduler, max_rows=max_rows, batched=batched,
                     on_step=on_step, tokens_only=tokens_only):
-            return super().__call__(**_followed(call, embeds) | _noise(self, call, embeds), **own,
-                                    guidance_scale=1.0)
+            return super().__call__(**_followed(call, embeds), **own, guidance_scale=1.0)
 
     # tools that look at a call's arguments see the parent's, and ours
     __call__.__signature__ = _PARENT.replace(parameters=[

@@ -233,12 +233,14 @@ def embed(pipe, prompts):
     return PromptEmbeds(torch.cat(hidden, -1), out[0])
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c023
-def rows_of(embeds, index):
-    "The rows `index` of prompt embeddings, whose parts may also be lists of a tensor each, or None."
+def rows_of(embeds, index, numbers=None):
+    """The rows `index` of prompt embeddings, whose parts may also be lists of a tensor each, or None;
+    `numbers`: the same as whole numbers, where `index` lies on a device that nobody should wait for."""
     def rows(part):
         if part is None: return None
         if torch.is_tensor(part): return part[index]
-        return [part[i] for i in (index.tolist() if torch.is_tensor(index) else index)]
+        return [part[i] for i in (index.tolist() if numbers is None and torch.is_tensor(index) else
+                                  index if numbers is None else numbers)]
     return PromptEmbeds(rows(embeds.hidden), rows(embeds.pooled))
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c028

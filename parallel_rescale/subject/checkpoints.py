@@ -29,7 +29,10 @@ def step_generator(*numbers):
 def optimizer_state(optimizer):
     """A copy of an optimizer's state, as tensors by name and other values by name: what safetensors and
     JSON can hold."""
-    named = {f"{i}.{k}": v for i, state in optimizer.state_dict()['state'].items() for k, v in state.items()}
+    # bitsandbytes keeps the state of an 8-bit optimizer in a dict of its own, and takes it back without one
+    def flat(state):
+        for k, v in state.items(): yield from v.items() if isinstance(v, dict) else [(k, v)]
+    named = {f"{i}.{k}": v for i, state in optimizer.state_dict()['state'].items() for k, v in flat(state)}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in named.items() if torch.is_tensor(v)}
     return tensors, {k: v for k, v in named.items() if k not in tensors}
 

@@ -8,6 +8,7 @@ __all__ = ['parameter_groups', 'add_words', 'load_run', 'make_class_image', 'cla
 
 # %% ../../nbs/3_subject/11_prepare.ipynb #i000
 import os, warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,8 +104,8 @@ def cache_text(run):
     s, pipe, captions = run.settings, run.pipe, [r.caption for r in run.references]
     tokenizer, longest = longest_reader(pipe)
     warn_about_length(tokenizer, captions, s.token, longest)
-    # as in a step, where a learned token's captions are encoded
-    with autocast(run):
+    # SDXL's as in a step, where a learned token's captions are encoded; T5 keeps in float32 what overflows in fp16
+    with autocast(run) if run.rows else nullcontext():
         subject = [subject_prompt(c, s.token) for c in captions]
         return SimpleNamespace(subject=None if s.train_text_encoder_ti else embed(pipe, subject),
                                base=embed(pipe, [base_prompt(c, s.class_noun) for c in captions]),

@@ -39,8 +39,7 @@ def everything_on_device(run):
     """For sampling: the parts that training has offloaded come back to the device, in evaluation mode,
     and leave again."""
     model, training = run.model, run.model.training
-    run.pipe.to(run.accelerator.device); model.eval()
-    try: yield
+    try: run.pipe.to(run.accelerator.device); model.eval(); yield
     finally: model.train(training); offload_encoders(run)
 
 # %% ../../nbs/3_subject/10_previews.ipynb #c069

@@ -59,7 +59,7 @@ class Run:
 def subject_text(run, batch):
     """Prompt embeddings of the subject captions of a batch: cached, or computed anew where the token is
     learned."""
-    if run.text.subject is not None: return rows_of(run.text.subject, batch.source)
+    if run.text.subject is not None: return rows_of(run.text.subject, batch.source, batch.numbers)
     numbers = sorted(set(batch.numbers))                                     # each caption once
     captions = [subject_prompt(run.references[i].caption, run.settings.token) for i in numbers]
     index = torch.tensor([numbers.index(i) for i in batch.numbers])
@@ -78,7 +78,8 @@ def loss_of(run, batch):
     weight σ(β(m_θ − m_φ)): .5 while θ is φ, towards 0 as the leads become enough."""
     s, unet, subject = run.settings, run.model, subject_text(run, batch)
     if s.loss == 'dco':
-        theta, phi = theta_and_phi(unet, batch, subject, rows_of(run.text.base, batch.source), s.batched)
+        theta, phi = theta_and_phi(unet, batch, subject, rows_of(run.text.base, batch.source, batch.numbers),
+                                   s.batched)
         model, reference = mse(theta, batch.target), mse(phi, batch.target)
         log = dict(mse=model.mean(), mse_reference=reference.mean(),
                    unsaturated=torch.sigmoid(s.beta * (model - reference)).mean())
@@ -90,7 +91,7 @@ def loss_of(run, batch):
 def prior_loss(run, batch):
     """Prior preservation (Ruiz et al. 2022): the personalised model still has to denoise pictures of the
     class under the class prompt."""
-    text = rows_of(run.text.noun, torch.zeros_like(batch.source))
+    text = rows_of(run.text.noun, torch.zeros_like(batch.source), [0] * len(batch.numbers))
     return mse(predict(run.model, batch.x_t, batch.t, text, batch.time_ids), batch.target).mean()
 
 # %% ../../nbs/3_subject/09_step.ipynb #c046
@@ -151,12 +152,14 @@ def check_step(run, step, logs, norm):
 def forward_and_backward(run, batches):
     "Losses and gradients of a step's batches; what to log of each, still on the device."
     s, logs = run.settings, []
+    def backward(loss): run.scaler.scale(loss / s.gradient_accumulation_steps).backward(); return loss.detach()
     for batch, prior in batches:
-        with autocast(run):
-            loss, log = loss_of(run, batch)
-            if prior: log['prior'] = prior_loss(run, prior); loss = loss + s.prior_loss_weight * log['prior']
-        logs.append(dict(loss=loss.detach(), **{k: v.detach() for k, v in log.items()}))
-        run.scaler.scale(loss / s.gradient_accumulation_steps).backward()
+        with autocast(run): loss, log = loss_of(run, batch)
+        loss = backward(loss)
+        if prior:                          # after the other's graph is gone: two together need twice the memory
+            with autocast(run): log['prior'] = prior_loss(run, prior)
+            loss = loss + backward(s.prior_loss_weight * log['prior'])
+        logs.append(dict(loss=loss, **{k: v.detach() for k, v in log.items()}))
     return logs
 
 # %% ../../nbs/3_subject/09_step.ipynb #c053b

@@ -55,7 +55,8 @@ def chapter_device(asked: str | None = None) -> str:
     import torch
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = default_device(asked)
-    print("this chapter runs on:", device)
+    unused = device == "cpu" and torch.backends.mps.is_available()
+    print("this chapter runs on:", device, "(an Apple GPU is there; chapters leave it alone)" * unused)
     return device
 
 # %% ../../nbs/0_tools/03_embedded.ipynb #c010h

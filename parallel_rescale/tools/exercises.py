@@ -34,7 +34,8 @@ def _wrong(statement, error, names):
         return f"Not yet: {type(error).__name__}: {error}\n    {ast.unparse(statement).splitlines()[0]}"
     seen = _values(statement.test, names)
     but = f"\nbut here {seen}" if seen else ""
-    return f"Not yet. This should hold:\n    {ast.unparse(statement.test)}{but}"
+    hint = f": {error}" if str(error) else ""
+    return f"Not yet{hint}. This should hold:\n    {ast.unparse(statement.test)}{but}"
 
 # %% ../../nbs/0_tools/04_exercises.ipynb #x008a
 def _run(statement, names, show):

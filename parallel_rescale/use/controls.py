@@ -8,7 +8,7 @@ __all__ = ['CSS', 'CHOICES', 'NO_RULE', 'LISTS', 'figure_html', 'chart_html', 's
            'listed', 'rewritten', 'Asking']
 
 # %% ../../nbs/6_use/08_controls.ipynb #w002
-import base64, html, io
+import base64, html, io, re
 from dataclasses import fields, replace
 
 from PIL import Image
@@ -21,6 +21,7 @@ from ..method.rivals import PARTS
 from ..method.several import AGAINST
 from ..tools.util import PACKAGE
 from .story import Settings, TOLD, written
+from ..world.captions import asked
 from ..world.scenes import ATTRIBUTES, COMPANIONS
 
 # %% ../../nbs/6_use/08_controls.ipynb #w006b
@@ -193,13 +194,15 @@ def listed(prompt) -> dict:
     return {name: wants.get(name) or "" for name in LISTS}
 
 def rewritten(prompt, name, value) -> str:
-    "What a prompt asks for, with another choice in one of `LISTS`, in the words of captions."
-    wants = asked_of(prompt)
+    """What a prompt asks for, with another choice in one of `LISTS`, in the words of captions. Its subject
+    stays: a placeholder, a token, or the class where the prompt names one."""
+    wants, noun = asked_of(prompt), re.search(r"\{subject\}|<[^<> ]+>", prompt)
+    noun = noun[0] if noun else asked(prompt).get("cls", "{subject}")
     if name == "beside it":
         wants = {k: v for k, v in wants.items() if k not in ("companion", "other")}
         name = "companion" if value in COMPANIONS else "other"
     wants[name] = value
-    return written({k: v for k, v in wants.items() if v})
+    return written({k: v for k, v in wants.items() if v}, noun)
 
 # %% ../../nbs/6_use/08_controls.ipynb #w021
 class Asking:
