@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -36,6 +37,7 @@ from parallel_rescale.evidence.evaluation import load_pipeline
 from parallel_rescale.tools.util import quietly
 from parallel_rescale.evidence.questions import judge_misses, named_rules, noise_seed, prompt_set, Steered, TRUTHS
 from parallel_rescale.evidence.statistics import metrics_of
+from parallel_rescale.evidence.scorers import asked_of
 from parallel_rescale.evidence.store import image_name, load_scores, throughput
 from parallel_rescale.method.registry import label
 from parallel_rescale.machine.record import diagnostics
@@ -327,8 +329,29 @@ def failures(work):
     record(pd.concat(rows)[columns].round(3), "failures", DATA, command=command("failures"), rules=rules)
 
 
-FIGURE = ROOT / "nbs" / "images" / "failures.png"
-FURTHER = {"ratio": ratio, "failures": failures}
+def typical(work):
+    "One subject, all prompts, some rules on the same noise: of all subjects the one for whom rescaling changes most nearly what it changes on average. A red frame: something that was asked for the judge gives less than one half."
+    if int(os.environ.get("RANK", 0)): return
+    way, rules = BOTH[1], ["true renders", "CFG 5", "consistency 5/2", "parallel rescaling 5/2", "style contrast 5/2"]
+    folder, table = results(work, "regimes", way), load_scores(results(work, "regimes", way))
+    means = table.groupby(["subject", "rule"]).alignment.mean().unstack()
+    gaps = means["parallel rescaling 5/2"] - means["consistency 5/2"]
+    name = (gaps - gaps.mean()).abs().idxmin()
+    photos, grid, frames, labels = references_of(name, way), [], [], []
+    for number, text in enumerate(p.text for p in ASKS):
+        rows = table[(table.subject == name) & (table.prompt == number)].set_index("rule").loc[rules].reset_index()
+        missed = [[a for a in asked_of(text) if getattr(r, a) < .5] for r in rows.itertuples()]
+        pictures = [Image.open(folder / image_name(name, r.rule, r.prompt, r.seed, "webp")).convert("RGB") for r in rows.itertuples()]
+        grid.append([Image.fromarray(np.asarray(photos[number % 4][0])), *pictures]); frames.append([None, *("#E00000" if m else None for m in missed)])
+        labels.append(text.replace("{subject}", f"<{name.split('_')[0]}>"))
+    page = image_grid(grid, labels, ["it was shown", "the truth", *rules[1:]], scale=2, smooth=True, text=15, frames=frames,
+                      title="One wall, four photographs: in a red frame something asked for is missing").convert("RGB")
+    page.resize((820, round(820 * page.height / page.width)), Image.LANCZOS).save(TYPICAL, quality=64, optimize=True)
+    print(name, gaps.round(3).to_dict())
+
+
+FIGURE, TYPICAL = (ROOT / "nbs" / "images" / name for name in ("failures.png", "one_subject.jpg"))
+FURTHER = {"ratio": ratio, "failures": failures, "typical": typical}
 
 
 def main():

@@ -156,8 +156,10 @@ def curves(table: pd.DataFrame, family: str, against: str, least: float = .5) ->
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017as
 def with_parts(trained, regime) -> pd.DataFrame:
-    "The experiment on regimes together with that on parts of the formula, of one cell, all prompts."
-    return pd.concat([recorded(name, None, trained, regime) for name in ("regimes", "parts")])
+    """The experiment on regimes of one cell, all prompts, together with that on parts of the formula where
+    it is recorded."""
+    there = [name for name in ("regimes", "parts") if (RECORDED / f"{name}.csv").is_file()]
+    return pd.concat([recorded(name, None, trained, regime) for name in there])
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017bs
 def _curve_row(family, against, trained, regime, **options):

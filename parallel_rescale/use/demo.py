@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 from ..evidence.evaluation import load_pipeline
 from ..evidence.scorers import asked_of, Prompt, References, score
 from ..evidence.world_scorers import JudgeScorer, true_images
-from ..method.focus import FocusedContrast
 from ..method.rules import CFG, ConsistencyGuidance, ParallelRescale
+from ..method.style_contrast import StyleContrast
 from ..subject.finetuning import finetune
 from ..subject.backgrounds import reference_table
 from ..subject.references import as_references
@@ -34,11 +34,12 @@ from ..world.pictures import reference_set
 from ..world.scenes import SUBJECTS
 
 # %% ../../nbs/6_use/01_demo.ipynb #d005
-DEMO_PROMPTS = ("a photo of a yellow {subject} in the city",
+DEMO_PROMPTS = ("a photo of a {subject} wearing glasses in the snow",
                 "a photo of a {subject} wearing a hat in the city",
-                "a photo of a {subject} asleep on the beach", "a watercolor painting of a {subject} jumping",
-                "a neon sign of a {subject} wearing a crown", "a stained glass of a {subject} under water")
-DEMO_RULES = (CFG(5.), ConsistencyGuidance(5., 3.), ParallelRescale(5., 3.), FocusedContrast(5., 3.))
+                "a photo of a {subject} wearing a cape at night",
+                "a photo of a yellow {subject} asleep on the beach",
+                "a watercolor painting of a {subject} jumping", "a neon sign of a {subject} wearing a crown")
+DEMO_RULES = (CFG(5.), ConsistencyGuidance(5., 2.), ParallelRescale(5., 2.), StyleContrast(5., 2.))
 # what is taught, see `reference_set`
 DEMO_SETS = {"same place": dict(regime="same place", named=False), "varied": dict(regime="varied")}
 TRAINING = dict(loss="dreambooth", max_train_steps=400)

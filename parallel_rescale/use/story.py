@@ -41,7 +41,7 @@ from ..world.model import asked_probabilities
 from ..world.scenes import ATTRIBUTES, Scene, SUBJECTS
 
 # %% ../../nbs/6_use/07_story.ipynb #e007
-AT_FIRST = (ConsistencyGuidance(5., 3.), ParallelRescale(5., 3.))
+AT_FIRST = (ConsistencyGuidance(5., 2.), ParallelRescale(5., 2.))
 
 def _whole(name, value, low, high):
     "ValueError where `value` is no whole number in [low, high]."
@@ -51,7 +51,7 @@ def _whole(name, value, low, high):
 @dataclass(frozen=True)
 class Settings:
     "One prompt, one noise, and one rule or two, for pictures. ValueError names what is out of range."
-    prompt: str = "a photo of a yellow {subject} in the city"
+    prompt: str = "a photo of a {subject} wearing glasses in the snow"
     rules: tuple = AT_FIRST
     seed: int = 0
     steps: int = 20
