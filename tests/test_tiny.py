@@ -69,7 +69,7 @@ def test_it_follows_prompts(pipe):
     scores = score_model(pipe, load_judge(), n=32, steps=15)
     model, truth = scores["model, one"], scores["truth, one"]
     assert model["style"] > .9 and model["place"] > .8 and model["alignment"] > .75 * truth["alignment"], (model, truth)
-    assert scores["floor"] < scores["frechet"]
+    assert scores["frechet"] < 2 * scores["floor"]
 
 
 def test_the_judge_sees_everything_that_can_be_asked():
@@ -79,7 +79,7 @@ def test_the_judge_sees_everything_that_can_be_asked():
     assert set(accuracy) == set(ATTRIBUTES)
     assert min(accuracy[n] for n in ("cls", "style", "place", "weather", "doing", "companion", "other")) > .9, accuracy
     # far above chance: eight accessories, seven colours
-    assert min(accuracy["accessory"], accuracy["colour"]) > .65, accuracy
+    assert min(accuracy["accessory"], accuracy["colour"]) > .85, accuracy
     assert max(r["calibration_error"] for r in report.values()) < .12, report
 
 

@@ -44,7 +44,7 @@ def _largest(combined, sample, predictions) -> tuple:
     sizes = torch.stack([torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
                          for x in (combined, sample, *predictions.values())])
     if not sizes.is_cuda: return sizes, None, list(predictions)      # where copies cannot be waited for
-    there = torch.cuda.current_stream(sizes.device)                  # the card's own, which may not be the first
+    there = torch.cuda.current_stream(sizes.device)        # of its own card, which may not be the first
     sizes = sizes.to("cpu", non_blocking=True)
     return sizes, there.record_event(), list(predictions)
 

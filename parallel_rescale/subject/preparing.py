@@ -104,7 +104,7 @@ def cache_text(run):
     s, pipe, captions = run.settings, run.pipe, [r.caption for r in run.references]
     tokenizer, longest = longest_reader(pipe)
     warn_about_length(tokenizer, captions, s.token, longest)
-    # SDXL's as in a step, where a learned token's captions are encoded; T5 keeps in float32 what overflows in fp16
+    # SDXL's as in a step, where a learned token's captions are encoded; T5 has its own mixed precision
     with autocast(run) if run.rows else nullcontext():
         subject = [subject_prompt(c, s.token) for c in captions]
         return SimpleNamespace(subject=None if s.train_text_encoder_ti else embed(pipe, subject),

@@ -152,11 +152,13 @@ def check_step(run, step, logs, norm):
 def forward_and_backward(run, batches):
     "Losses and gradients of a step's batches; what to log of each, still on the device."
     s, logs = run.settings, []
-    def backward(loss): run.scaler.scale(loss / s.gradient_accumulation_steps).backward(); return loss.detach()
+    def backward(loss):
+        run.scaler.scale(loss / s.gradient_accumulation_steps).backward()
+        return loss.detach()
     for batch, prior in batches:
         with autocast(run): loss, log = loss_of(run, batch)
         loss = backward(loss)
-        if prior:                          # after the other's graph is gone: two together need twice the memory
+        if prior:                      # when the other's graph is gone: two together need twice the memory
             with autocast(run): log['prior'] = prior_loss(run, prior)
             loss = loss + backward(s.prior_loss_weight * log['prior'])
         logs.append(dict(loss=loss, **{k: v.detach() for k, v in log.items()}))
