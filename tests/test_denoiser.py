@@ -382,7 +382,7 @@ def test_offload_hooks(adapted, batched):
     add_hook_to_module(adapted.unet, Moves())
     try:
         with guided(adapted.unet, ParallelRescale(), embeds(adapted), scheduler=adapted.scheduler, max_rows=None if batched else 1):
-            assert torch.allclose(sample(adapted), expected, atol=1e-4)
+            assert torch.allclose(sample(adapted), expected, atol=1e-3)
         assert Moves.seen[0] == (6 if batched else 1) and hasattr(adapted.unet, "_hf_hook")
     finally: remove_hook_from_module(adapted.unet); Moves.seen.clear()
     pipe = load_tiny_sdxl(device="cpu")             # and for every layer, as enable_sequential_cpu_offload does
@@ -390,7 +390,7 @@ def test_offload_hooks(adapted, batched):
     with guided(pipe.unet, ParallelRescale(), embeds(pipe), scheduler=pipe.scheduler): expected = sample(pipe)
     cpu_offload(pipe.unet, execution_device="cpu")
     with guided(pipe.unet, ParallelRescale(), embeds(pipe), scheduler=pipe.scheduler, max_rows=None if batched else 1):
-        assert torch.allclose(sample(pipe), expected, atol=1e-4)
+        assert torch.allclose(sample(pipe), expected, atol=1e-3)
 
 
 # --- runs, steps, memory ---
@@ -427,7 +427,7 @@ def test_memory_lasts_for_one_run(adapted, name):
     for seed, n in ((0, 2), (0, 1), (0, 2)):       # a run of another size in between
         with guided(adapted.unet, every(ParallelRescale(), 2), embeds(adapted, 1), scheduler=scheduler): three.append(sample(other, n=n))
     hook.remove()
-    assert torch.equal(one, two) and torch.allclose(three[0], one, atol=1e-4) and torch.equal(three[0], three[2])
+    assert torch.equal(one, two) and torch.allclose(three[0], one, atol=1e-3) and torch.equal(three[0], three[2])
     pattern = [6, 2, 6, 2] if name == "euler" else [6, 2, 2, 6, 6, 2, 2][:2 * STEPS - 1]
     assert rows[:len(pattern)] == pattern
 

@@ -82,9 +82,9 @@ def test_the_lists_write_the_prompt_and_the_prompt_moves_the_lists(explorer):
     shown = {name: made.value for name, made in lists.items() if made.value}
     assert shown == {"place": "night", "weather": "rain", "colour": "green", "doing": "asleep", "beside it": "ball"}
     lists["weather"].value = ""
-    assert explorer.settings.prompt == "a photo of a green {subject} asleep with a ball on the left at night", "the side stays"
+    assert explorer.settings.prompt == "a photo of a green <pixel> asleep with a ball on the left at night", "the side stays"
     lists["beside it"].value = ""
-    assert explorer.settings.prompt == "a photo of a green {subject} asleep at night"
+    assert explorer.settings.prompt == "a photo of a green <pixel> asleep at night"
 
 
 @pytest.mark.parametrize("name, value, says", [
