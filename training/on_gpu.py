@@ -26,13 +26,13 @@ from parallel_rescale.world.captions import MAX_TOKENS
 from parallel_rescale.world.judge import Judge, load_judge
 from parallel_rescale.world.pictures import _render_one
 from parallel_rescale.world.scenes import ATTRIBUTES
-from parallel_rescale.world.training import MIN_SNR, as_tensor, save_weights, signal_to_noise
+from parallel_rescale.world.training import as_tensor, min_snr_mse, save_weights, signal_to_noise
 
 SHARD, EACH = 250, 4                          # individuals in a shard, pictures of each
 SEED = 2026
 
 
-def tokenizer_of(pipe): return lambda texts: pipe.tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids.astype(np.int16)
+def numbered(tokenizer, texts): return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids.astype(np.int16)
 
 
 def render_shards(job):
@@ -41,13 +41,12 @@ def render_shards(job):
     from transformers import CLIPTokenizer
     from parallel_rescale import TINY_SDXL
     tokenizer = CLIPTokenizer.from_pretrained(TINY_SDXL, subfolder="tokenizer")
-    tokens = lambda texts: tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids.astype(np.int16)
     for k in range(first, most, every):
         if time.time() > until: return
         made = [_render_one((SEED, k * SHARD + i, EACH)) for i in range(SHARD)]
         part = folder / f"part{k}.npz"
         np.savez(part, images=np.concatenate([m[0] for m in made]), labels=np.concatenate([m[1] for m in made]),
-                 tokens=tokens([text for m in made for texts in m[2] for text in texts]).reshape(SHARD * EACH, 3, MAX_TOKENS),
+                 tokens=numbered(tokenizer, [text for m in made for texts in m[2] for text in texts]).reshape(SHARD * EACH, 3, MAX_TOKENS),
                  vector=np.stack([m[3] for m in made]))
         part.rename(folder / f"shard{k:05d}.npz")
 
@@ -160,11 +159,10 @@ def painter(folder, seconds, device, room, batch, peak):
     vae, scale = pipe.vae.float().eval(), pipe.vae.config.scaling_factor
     model = Asked(pipe, device)
     average, optimizer, rate, loss_sum = begin(model, device, peak)
-    average.sizes = model.sizes
     channels = pipe.unet.config.in_channels
     latents = torch.zeros(room, channels, 16, 16, dtype=torch.float16, device=device)
     tokens = torch.zeros(room, 3, MAX_TOKENS, dtype=torch.int16, device=device)
-    empty = torch.from_numpy(tokenizer_of(pipe)([""])).to(device)
+    empty = torch.from_numpy(numbered(pipe.tokenizer, [""])).to(device)
     count, shards, held = torch.zeros((), device=device), Shards(folder), {}
     snr = signal_to_noise().to(device).float(); ramp = torch.arange(batch, device=device) / batch
 
@@ -181,8 +179,7 @@ def painter(folder, seconds, device, room, batch, peak):
     def loss_of(network, clean, words, t, noise):
         a = (snr[t] / (1 + snr[t])).view(-1, 1, 1, 1)
         with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False): prediction = network(a.sqrt() * clean + (1 - a).sqrt() * noise, t, words)
-        error = (prediction.float() - noise).square().mean((1, 2, 3))
-        return (error * snr[t].clamp(max=MIN_SNR) / snr[t]).mean()
+        return min_snr_mse(prediction, noise, snr[t])[0]
 
     def step():
         rows = (torch.rand(batch, device=device) * count).long()
@@ -218,9 +215,7 @@ def judge(folder, seconds, device, room, batch, peak):
     people, k = room // EACH, batch // EACH
     pictures = torch.zeros(people, EACH, 64, 64, 3, dtype=torch.uint8, device=device)
     labels = torch.zeros(people, EACH, len(ATTRIBUTES), dtype=torch.int16, device=device)
-    vector = cls = None
     count, shards, held = torch.zeros((), device=device), Shards(folder), {}
-    numbers, four = torch.arange(people, device=device), torch.arange(EACH, device=device)
     kinds = len(ATTRIBUTES["cls"])
     state = {}
 

@@ -239,8 +239,8 @@ def rows_of(embeds, index, numbers=None):
     def rows(part):
         if part is None: return None
         if torch.is_tensor(part): return part[index]
-        return [part[i] for i in (index.tolist() if numbers is None and torch.is_tensor(index) else
-                                  index if numbers is None else numbers)]
+        which = index if numbers is None else numbers
+        return [part[i] for i in (which.tolist() if torch.is_tensor(which) else which)]
     return PromptEmbeds(rows(embeds.hidden), rows(embeds.pooled))
 
 # %% ../../nbs/3_subject/03_adapters.ipynb #c028
