@@ -43,10 +43,3 @@ def test_a_network_goes_on_from_its_stored_weights(script, shards, name):
 def test_rendering_ends_at_its_time(script, tmp_path):
     script.render_shards((tmp_path, 0, 1, time.time() - 1, 3))
     assert not list(tmp_path.iterdir())
-
-
-def test_the_contrast_is_the_judges(script):
-    from parallel_rescale.world.judge import supervised_contrastive
-    embeddings = torch.nn.functional.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=1)
-    who = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    torch.testing.assert_close(script.contrast(embeddings, who), supervised_contrastive(embeddings, who))

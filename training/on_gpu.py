@@ -23,10 +23,11 @@ import torch.nn.functional as F
 
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.world.captions import MAX_TOKENS
-from parallel_rescale.world.judge import Judge, load_judge
+from parallel_rescale.world.judge import Judge, load_judge, supervised_contrastive
+from parallel_rescale.world.painter import Painter, RECIPES
 from parallel_rescale.world.pictures import _render_one
 from parallel_rescale.world.scenes import ATTRIBUTES
-from parallel_rescale.world.training import as_tensor, min_snr_mse, save_weights, signal_to_noise
+from parallel_rescale.world.training import as_tensor, load_start, min_snr_mse, save_weights, signal_to_noise
 
 SHARD, EACH = 250, 4                          # individuals in a shard, pictures of each
 SEED = 2026
@@ -69,7 +70,25 @@ class Shards:
             yield dict(np.load(file))
 
 
-def follow(step, model, average, optimizer, rate, loss_sum, *, seconds, peak, absorb, look, file):
+def captured(whole, optimizer):
+    "A step as one CUDA graph: a function without arguments."
+    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3): whole()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph): whole()
+    return graph.replay
+
+
+def compiled(network, wanted=True):
+    "Let torch.compile fuse `network`, in place and under its own names, or leave it as it was."
+    if wanted: network.compile()
+    else: network._compiled_call_impl = None
+
+
+def follow(step, model, average, optimizer, rate, loss_sum, *, seconds, peak, absorb, look, file, fused=()):
     "Repeat `step` (a function without arguments) for `seconds`; a learning rate over the clock, a log, a file now and then."
     device = rate.device
     def whole():
@@ -83,18 +102,11 @@ def follow(step, model, average, optimizer, rate, loss_sum, *, seconds, peak, ab
     kept = [p.detach().clone() for p in [*model.parameters(), *average.parameters()]]
     run, start = whole, time.time()
     rate.fill_(1e-6)
-    if device.type == "cuda":
-        try:
-            side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3): whole()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph): whole()
-            run = graph.replay
+    for fuse in (True, False) if device.type == "cuda" else ():
+        for part in fused: compiled(part, fuse)
+        try: run = captured(whole, optimizer); break
         except Exception as error:
-            print("no CUDA graph:", repr(error)[:2000], flush=True); torch.cuda.synchronize()
+            print("no CUDA graph of", "compiled steps:" if fuse else "steps:", repr(error)[:2000], flush=True); torch.cuda.synchronize()
     print(file.stem, "begins", "with" if run is not whole else "without", "a CUDA graph", flush=True)
     steps, log, noted, saved, scale = 0, [], (0, start), start, 1.
     loss_sum.zero_()
@@ -138,26 +150,11 @@ def begin(model, device, peak):
     return deepcopy(model).requires_grad_(False), optimizer, rate, torch.zeros((), device=device)
 
 
-class Asked(torch.nn.Module):
-    "The painter's three networks under the names of `Painter`, with a size that already lies on the device."
-    def __init__(self, pipe, device):
-        super().__init__()
-        self.text_encoder, self.text_encoder_2, self.unet = pipe.text_encoder, pipe.text_encoder_2, pipe.unet
-        self.sizes = [torch.tensor([[64.0, 64, 0, 0, 64, 64]], device=device)]
-
-    def forward(self, latents, timesteps, tokens):
-        first = self.text_encoder(tokens, output_hidden_states=True)
-        second = self.text_encoder_2(tokens, output_hidden_states=True)
-        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        added = dict(text_embeds=second.text_embeds, time_ids=self.sizes[0].expand(len(latents), 6))
-        return self.unet(latents, timesteps, hidden, added_cond_kwargs=added).sample
-
-
 def painter(folder, seconds, device, room, batch, peak):
     pipe = load_tiny_sdxl(device=device)
-    for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2): part.float().train().requires_grad_(True)
     vae, scale = pipe.vae.float().eval(), pipe.vae.config.scaling_factor
-    model = Asked(pipe, device)
+    model = Painter(pipe.tokenizer, RECIPES["gpu"]["unet"], pipe.unet.config.in_channels)
+    load_start(model, Path(__file__).parent, "painter"); model.to(device).train()
     average, optimizer, rate, loss_sum = begin(model, device, peak)
     channels = pipe.unet.config.in_channels
     latents = torch.zeros(room, channels, 16, 16, dtype=torch.float16, device=device)
@@ -197,15 +194,7 @@ def painter(folder, seconds, device, room, batch, peak):
         return dict(held_out=round(loss_of(average, clean, held["tokens"][:len(clean), 0].long(), t, noise).item(), 5), pictures=int(count.item()))
 
     while count.item() < min(4000, room // 2): absorb(64); time.sleep(.2)
-    follow(step, model, average, optimizer, rate, loss_sum, seconds=seconds, peak=peak, absorb=absorb, look=look, file=folder / "painter.safetensors")
-
-
-def contrast(embeddings, individuals, temperature=.1):
-    "`supervised_contrastive` where everybody is there EACH times: no question whether somebody is alone."
-    own = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
-    similarity = (embeddings @ embeddings.T / temperature).masked_fill(own, -1e9)
-    positives = (individuals[:, None] == individuals) & ~own
-    return -((similarity - similarity.logsumexp(1, keepdim=True)) * positives).sum(1).div(positives.sum(1)).mean()
+    follow(step, model, average, optimizer, rate, loss_sum, seconds=seconds, peak=peak, absorb=absorb, look=look, file=folder / "painter.safetensors", fused=[model.unet])
 
 
 def judge(folder, seconds, device, room, batch, peak):
@@ -242,7 +231,7 @@ def judge(folder, seconds, device, room, batch, peak):
         with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False): answers = model(seen + level * torch.randn(seen.shape, device=device))
         heads = [F.cross_entropy(answers[name].float(), truth[:, i], ignore_index=-1, reduction="sum") / (truth[:, i] >= 0).sum().clamp(min=1) for i, name in enumerate(ATTRIBUTES)]
         target = state["vector"][who].repeat_interleave(EACH, 0)
-        return sum(heads) + 2 * F.mse_loss(answers["vector"].float(), target) + contrast(answers["identity"].float(), who.repeat_interleave(EACH))
+        return sum(heads) + 2 * F.mse_loss(answers["vector"].float(), target) + supervised_contrastive(answers["identity"].float(), who.repeat_interleave(EACH))
 
     @torch.no_grad()
     def look():
@@ -264,9 +253,10 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--room", type=int, default=1_000_000, help="how many pictures are held at the most")
     parser.add_argument("--batch", type=int, default=None, help="default: 256 for the painter, 128 for the judge")
+    parser.add_argument("--peak", type=float, default=None, help="learning rate; default: 1.5e-3 for the painter, 2e-3 for the judge")
     parser.add_argument("--device", default="cuda")
     a = parser.parse_args()
     torch.manual_seed(SEED); torch.backends.cudnn.benchmark = True
     if a.what == "render": render(a.folder, a.seconds, a.processes, a.room // (SHARD * EACH))
-    if a.what == "painter": painter(a.folder, a.seconds, a.device, a.room, a.batch or 256, 1.5e-3)
-    if a.what == "judge": judge(a.folder, a.seconds, a.device, a.room, a.batch or 128, 2e-3)
+    if a.what == "painter": painter(a.folder, a.seconds, a.device, a.room, a.batch or 256, a.peak or 1.5e-3)
+    if a.what == "judge": judge(a.folder, a.seconds, a.device, a.room, a.batch or 128, a.peak or 2e-3)

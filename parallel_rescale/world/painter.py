@@ -150,8 +150,9 @@ class Painter(nn.Module):
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        # original size, crop, target size
-        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]], device=latents.device).expand(len(latents), 6)
+        # original size, crop, target size; made on the device, which then need not be waited for
+        side = torch.full((len(latents), 2), 64., device=latents.device)
+        sizes = torch.cat([side, torch.zeros_like(side), side], 1)
         added = dict(text_embeds=second.text_embeds, time_ids=sizes)
         return self.unet(latents, timesteps, hidden, added_cond_kwargs=added).sample
 
