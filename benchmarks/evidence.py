@@ -2,23 +2,22 @@
 
     python benchmarks/evidence.py regimes captions             # teach the subjects, draw, score; see EXPERIMENTS
     python benchmarks/evidence.py all --count                  # only count: trainings, pictures, predictions
+    python benchmarks/evidence.py all --teach                  # only teach the subjects
 
-With two processes, first both teach, each half of the subjects, and then they share the pictures:
+The work is cut into cells: one subject, taught in one way, in one experiment. The same command may run several times at once, on one machine or,
+with the folders of finished cells brought together, on several: each process takes the next cell that nobody has; with --reverse from the other end.
+A run that was stopped goes on where it ended.
 
-    python benchmarks/evidence.py all --teach 0/2 & python benchmarks/evidence.py all --teach 1/2; wait
-    torchrun --nproc_per_node 2 benchmarks/evidence.py all
-
-The programme can be done in parts: `--subjects 0:8` and later, on any machine, `--subjects 8:12` add their rows to the same tables.
-
-Subjects and pictures' scores stay in --work, apart for each model and judge; what the chapters read, a mean for each subject, rule and kind of prompt, goes to
-parallel_rescale/data/evidence/<experiment>.csv, and beside it a .json says with which world, model and judge it was made. A run that was
-stopped goes on where it ended.
+Subjects, scores and pictures stay in --work, apart for each model and judge; what the chapters read, a mean for each subject, rule and kind of prompt, goes to
+parallel_rescale/data/evidence/<experiment>.csv as soon as a subject's cells are complete, and beside it a .json says with which world, model and judge it was made.
 """
 import argparse
-import os
-import re
+import fcntl
+import json
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -30,11 +29,11 @@ from PIL import Image
 from parallel_rescale import (Branch, CFG, ConsistencyGuidance, Focus, FocusedContrast, Guidance, NegativeStyle,
                               OrthogonalOnly, ParallelRescale, PersonalizationGuidance, StyleContrast, TINY_SDXL,
                               evaluate, every, finetune, interval)
-from parallel_rescale.evidence.recorded import edition, made, of_another, record, RECORDED
+from parallel_rescale.evidence.recorded import edition, record, RECORDED
 from parallel_rescale.evidence.reports import markdown_table, subject_means
 from parallel_rescale.method.consistency import consistency_guidance
 from parallel_rescale.evidence.evaluation import load_pipeline
-from parallel_rescale.tools.util import quietly
+from parallel_rescale.tools.util import default_device, quietly, write_atomically
 from parallel_rescale.evidence.questions import judge_misses, named_rules, noise_seed, prompt_set, Steered, TRUTHS
 from parallel_rescale.evidence.statistics import metrics_of
 from parallel_rescale.evidence.scorers import asked_of
@@ -51,7 +50,6 @@ from parallel_rescale.world.pictures import reference_set
 from parallel_rescale.world.scenes import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
-PART = []    # of the subjects, in the folders' names
 DATA = RECORDED
 SCORERS = "judge", "oracle", "leak", "shared"
 TEXT = 5.0   # ω_text: the least of the paper's, and CFG's own on this model
@@ -136,7 +134,7 @@ def steered():
                     for how, options in (("forward", dict(forward=10.)), ("backward", dict(backward=3, rate=5.)))}
 
 
-SECOND = Path("runs/evidence/second judge")     # where it is; main sets it
+SECOND = ROOT / "runs" / "second judge"
 
 
 def asked_of_the_second(prompts): return judge_misses(prompts, SECOND / "judge.safetensors")
@@ -160,26 +158,6 @@ def overfit():
     return [CFG(5.0), ConsistencyGuidance(TEXT, 2.0), ParallelRescale(TEXT, 2.0)]
 
 
-@dataclass(frozen=True)
-class Experiment:
-    "Which subjects, trained how, are drawn by which rules."
-    ways: list
-    names: list
-    rules: Callable
-    prompts: list = field(default_factory=lambda: ASKS)
-    steps: int = 20
-    images: str | None = None   # "webp" keeps the pictures
-
-
-EXPERIMENTS = {
-    "regimes": Experiment(BOTH, ALL, regimes, images="webp"), "parts": Experiment(BOTH, ALL, parts),
-    "captions": Experiment(["dco; same place, named", "dreambooth 400; same place, named"], EIGHT, captions),
-    "prior": Experiment(["dreambooth 400, prior; same place"], FOUR, captions),
-    "outfit": Experiment(["dco; same outfit", "dco; same outfit, named"], SCARVED, outfit),
-    "reuse": Experiment(["dco"], ALL, reuse, steps=30), "scales": Experiment(["dco"], EIGHT, scales), "steered": Experiment(["dco; same place"], FOUR, steered), "when": Experiment(["dco"], EIGHT, when),
-    "overfit": Experiment(["dco", "dreambooth", "dreambooth 400", *LENGTHS], FOUR, overfit), "settings": Experiment([*SETTINGS], FOUR, overfit)}
-
-
 def split(way):
     "(how a subject is trained, on which references) of a name such as 'dco; same place'."
     loss, _, references = way.partition("; ")
@@ -191,21 +169,31 @@ def home(work, way, name):
     return work / "subjects" / "; ".join(split(way)) / name
 
 
-def results(work, experiment, way):
-    "Where the pictures' scores of an experiment lie: another judge, and another part of the subjects, have folders of their own."
-    return work / edition()["judge"][:8] / "".join([experiment, *PART]) / way
+def cell(work, experiment, way, name):
+    "Where the scores of one subject, taught in one way, lie in an experiment; another judge has folders of its own."
+    return work / edition()["judge"][:8] / experiment / way / name
 
 
 def references_of(name, way): return reference_set(name, "{subject}", **SETS[split(way)[1]])
 
 
-def teach(work, ways, names, share=(0, 1)):
-    "Fine-tune the subjects in these ways, or every n-th of them; those that are there stay."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: return                 # several processes would teach one subject together
-    for way, name in [*product(ways, names)][share[0]::share[1]]:
-        folder = home(work, way, name)
-        if not (folder / "subject.json").exists():
+@contextmanager
+def locked(file, wait=False):
+    "True where no other process holds `file`, or, with `wait`, as soon as none does; else False."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: yield False; return
+        yield True
+
+
+def teach(work, way, name, wait=True):
+    "Fine-tune a subject in this way, if it is not there; another process that is about it is waited for, or left alone."
+    folder = home(work, way, name)
+    with locked(folder.with_name(f"{name}.lock"), wait) as mine:
+        if mine and not (folder / "subject.json").exists():
             finetune(references_of(name, way), class_noun=SUBJECTS[name].cls, token=f"<{name.split('_')[0]}>", output=folder, overwrite=True, **WAYS[split(way)[0]])
+    return folder
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,18 +233,13 @@ def other_class(name):
     return next(n for n in names[names.index(name):] + names if SUBJECTS[n].cls != SUBJECTS[name].cls)
 
 
-def ratio(work):
+def ratio_rows(work, experiment, way, name):
     "p at every step of consistency guidance 5/2, and of a direction that holds no subject: what chance gives."
-    teach(work, BOTH, list(dict.fromkeys([*ALL, *map(other_class, ALL)])))
-    if int(os.environ.get("RANK", 0)): return
-    torch.set_num_threads(1)
-    frames = []
-    for way, name in product(BOTH, ALL):
-        with quietly():
-            pipe = load_pipeline(TINY_SDXL, "cpu", "float32").load_subject(home(work, way, other_class(name)), name="other")
-            pipe.load_subject(home(work, way, name))
-        frames.append(watched(pipe, name, ASKS).assign(trained=split(way)[0], regime=split(way)[1], subject=name))
-    record(pd.concat(frames), "ratio", DATA, command=command("ratio"), prompts=[p.text for p in ASKS], subjects=len(ALL), seeds=1, steps=20, dtype="float32")
+    folders = {"other": teach(work, way, other_class(name)), "subject": teach(work, way, name)}
+    with quietly():
+        pipe = load_pipeline(TINY_SDXL, default_device(), "float32").load_subject(folders["other"], name="other")
+        pipe.load_subject(folders["subject"])
+    return watched(pipe, name, ASKS).assign(subject=name)
 
 
 def variants(table):
@@ -264,41 +247,79 @@ def variants(table):
     return table.assign(family=table.family + table.rule.str.partition(", ")[2].map(lambda v: f", {v}" if v else ""))
 
 
+def mean_rows(work, experiment, way, name):
+    "Pictures of one subject by all rules on all prompts: their mean scores by rule and kind of prompt."
+    e = EXPERIMENTS[experiment]
+    case = str(teach(work, way, name)), references_of(name, way)
+    if experiment == "steered": train_second_judge()
+    table = evaluate({name: case}, e.prompts, e.rules(), 1, SCORERS, output=cell(work, experiment, way, name), batch_size=20, steps=e.steps, dtype=DTYPE, threads=1, images=e.images)
+    return subject_means(variants(table))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    "Which subjects, trained how, are drawn by which rules, and what is noted of a cell."
+    ways: list
+    names: list
+    rules: Callable
+    prompts: list = field(default_factory=lambda: ASKS)
+    steps: int = 20
+    images: str | None = None   # "webp" keeps the pictures
+    rows: Callable = mean_rows
+
+
+EXPERIMENTS = {
+    "regimes": Experiment(BOTH, ALL, regimes, images="webp"), "parts": Experiment(BOTH, ALL, parts),
+    "ratio": Experiment(BOTH, ALL, lambda: [_Watch()], rows=ratio_rows),
+    "reuse": Experiment(["dco"], ALL, reuse, steps=30), "scales": Experiment(["dco"], EIGHT, scales), "when": Experiment(["dco"], EIGHT, when),
+    "captions": Experiment(["dco; same place, named", "dreambooth 400; same place, named"], EIGHT, captions),
+    "prior": Experiment(["dreambooth 400, prior; same place"], FOUR, captions),
+    "outfit": Experiment(["dco; same outfit", "dco; same outfit, named"], SCARVED, outfit),
+    "steered": Experiment(["dco; same place"], FOUR, steered),
+    "overfit": Experiment(["dco", "dreambooth", "dreambooth 400", *LENGTHS], FOUR, overfit), "settings": Experiment([*SETTINGS], FOUR, overfit)}
+
+
+def cells(chosen):
+    "(experiment, way, subject) of all that the experiments ask for; cells that need the same taught subject follow each other."
+    asked = [(what, way, name) for what in chosen for way in EXPERIMENTS[what].ways for name in EXPERIMENTS[what].names]
+    taught = list(dict.fromkeys((split(way), name) for _, way, name in asked))
+    return sorted(asked, key=lambda c: taught.index((split(c[1]), c[2])))
+
+
+def fill(work, experiment, way, name):
+    "Do a cell, unless it is done or another process is about it."
+    folder = cell(work, experiment, way, name)
+    with locked(folder.with_name(f"{name}.lock")) as mine:
+        if not mine or (folder / ROWS).exists(): return
+        rows = EXPERIMENTS[experiment].rows(work, experiment, way, name).assign(trained=split(way)[0], regime=split(way)[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ROWS, rows.to_csv(index=False).encode())
+
+
+ROWS = "means.csv"
+
+
 def command(what): return f"python benchmarks/evidence.py {what}"
 
 
-def seconds_a_picture(folders):
-    "What sampling and scoring took for each picture, summed over workers; a truth costs nothing."
-    speeds = list(map(throughput, folders))
-    return round(sum(s["sampling"] + s["scoring"] for s in speeds) / sum(s["pictures"] for s in speeds), 3)
+def cost(folders):
+    "On which devices the pictures of these cells were made, and what sampling and scoring one took there; a truth costs nothing."
+    by_device = {}
+    for folder in folders: by_device.setdefault(json.loads((folder / "manifest.json").read_text())["device"], []).append(throughput(folder))
+    return {device: dict(cells=len(found), seconds_a_picture=round(sum(s["sampling"] + s["scoring"] for s in found) / sum(s["pictures"] for s in found), 3))
+            for device, found in by_device.items()}
 
 
-def with_those_before(table, experiment, prompts, steps):
-    "The table with the rows that other subjects left in the recorded one; ValueError where that was measured otherwise."
-    told = made(experiment, DATA)
-    if not told or of_another(experiment, DATA): return table
-    before = pd.read_csv(DATA / f"{experiment}.csv")
-    before = before[~before.subject.isin(table.subject)]
-    if len(before) and (told["prompts"] != prompts or told["steps"] != steps): raise ValueError(f"{experiment}: the recorded table asks for other prompts or steps")
-    return pd.concat([before, table], ignore_index=True)
-
-
-def run(work, experiment):
-    "Draw and score an experiment; write its means."
+def tabulate(work, experiment):
+    "Record the means of all subjects whose cells are complete."
     e = EXPERIMENTS[experiment]
-    if not e.names: return
-    teach(work, e.ways, e.names)
-    if experiment == "steered" and int(os.environ.get("WORLD_SIZE", 1)) == 1: train_second_judge()
-    rows, folders, rules = [], [results(work, experiment, way) for way in e.ways], e.rules()
-    for way, folder in zip(e.ways, folders):
-        subjects = {name: (str(home(work, way, name)), references_of(name, way)) for name in e.names}
-        table = evaluate(subjects, e.prompts, rules, 1, SCORERS, output=folder, batch_size=20, steps=e.steps, dtype=DTYPE, threads=1, images=e.images)
-        rows.append(subject_means(variants(table)).assign(trained=split(way)[0], regime=split(way)[1]))
-    if int(os.environ.get("RANK", 0)): return
-    table = with_those_before(pd.concat(rows), experiment, [p.text for p in e.prompts], e.steps)
-    record(table, experiment, DATA, command=command(experiment), prompts=[p.text for p in e.prompts], subjects=table.subject.nunique(), seeds=1, steps=e.steps, dtype=DTYPE,
-           pictures=int(table.pictures.sum()), seconds_a_picture=seconds_a_picture(folders))
-    print(experiment, f"{seconds_a_picture(folders)} s a picture")
+    complete = [name for name in e.names if all((cell(work, experiment, way, name) / ROWS).exists() for way in e.ways)]
+    print(f"{experiment}: {len(complete)} of {len(e.names)} subjects")
+    if not complete: return
+    folders = [cell(work, experiment, way, name) for way in e.ways for name in complete]
+    table = pd.concat([pd.read_csv(folder / ROWS) for folder in folders])
+    told = dict(pictures=int(table.pictures.sum()), dtype=DTYPE, made_on=cost(folders)) if e.rows is mean_rows else dict(dtype="float32")
+    record(table, experiment, DATA, command=command(experiment), prompts=[p.text for p in e.prompts], subjects=len(complete), seeds=1, steps=e.steps, **told)
 
 
 def counted(experiment):
@@ -310,14 +331,19 @@ def counted(experiment):
                 predictions=f"{cells * e.steps * sum(len(r.branches) for r in rules) / 1000:.0f} k")
 
 
+def scores_of(work, experiment, way):
+    "All pictures' scores of an experiment's finished cells, and in which `folder` a picture is."
+    folders = [cell(work, experiment, way, name) for name in EXPERIMENTS[experiment].names]
+    return pd.concat([load_scores(folder).assign(folder=str(folder)) for folder in folders if (folder / ROWS).exists()], ignore_index=True)
+
+
 WORST = "place", "accessory", "colour", "doing", "companion", "identity"
 
 
 def failures(work):
     "The worst cells by each of WORST, as the mean over the rules at 5/2: nbs/images/failures.png, and their scores. A red frame: the judge gives it less than one half."
-    if int(os.environ.get("RANK", 0)): return
     rows, key, rules = [], ["trained", "subject", "text", "seed"], ["true renders", "CFG 5", "consistency 5/2", "parallel rescaling 5/2", "style contrast 5/2", "focused contrast 5/2"]
-    table = pd.concat([load_scores(results(work, "regimes", way)).assign(trained=split(way)[0], folder=str(results(work, "regimes", way))) for way in BOTH[:2]]).query("rule in @rules")
+    table = pd.concat([scores_of(work, "regimes", way).assign(trained=split(way)[0]) for way in BOTH[:2]]).query("rule in @rules")
     for metric in WORST:
         low = table[table.family != "truth"].groupby(key)[metric].mean().dropna().sort_values().reset_index().head(1)
         rows.append(table.merge(low.drop(columns=metric), on=key).assign(worst=metric).set_index("rule").loc[rules].reset_index())
@@ -331,9 +357,8 @@ def failures(work):
 
 def typical(work):
     "One subject, all prompts, some rules on the same noise: of all subjects the one for whom rescaling changes most nearly what it changes on average. A red frame: something that was asked for the judge gives less than one half."
-    if int(os.environ.get("RANK", 0)): return
     way, rules = BOTH[1], ["true renders", "CFG 5", "consistency 5/2", "parallel rescaling 5/2", "style contrast 5/2"]
-    folder, table = results(work, "regimes", way), load_scores(results(work, "regimes", way))
+    table = scores_of(work, "regimes", way)
     means = table.groupby(["subject", "rule"]).alignment.mean().unstack()
     gaps = means["parallel rescaling 5/2"] - means["consistency 5/2"]
     name = (gaps - gaps.mean()).abs().idxmin()
@@ -341,7 +366,7 @@ def typical(work):
     for number, text in enumerate(p.text for p in ASKS):
         rows = table[(table.subject == name) & (table.prompt == number)].set_index("rule").loc[rules].reset_index()
         missed = [[a for a in asked_of(text) if getattr(r, a) < .5] for r in rows.itertuples()]
-        pictures = [Image.open(folder / image_name(name, r.rule, r.prompt, r.seed, "webp")).convert("RGB") for r in rows.itertuples()]
+        pictures = [Image.open(Path(r.folder) / image_name(name, r.rule, r.prompt, r.seed, "webp")).convert("RGB") for r in rows.itertuples()]
         grid.append([Image.fromarray(np.asarray(photos[number % 4][0])), *pictures]); frames.append([None, *("#E00000" if m else None for m in missed)])
         labels.append(text.replace("{subject}", f"<{name.split('_')[0]}>"))
     page = image_grid(grid, labels, ["it was shown", "the truth", *rules[1:]], scale=2, smooth=True, text=15, frames=frames,
@@ -351,43 +376,28 @@ def typical(work):
 
 
 FIGURE, TYPICAL = (ROOT / "nbs" / "images" / name for name in ("failures.png", "one_subject.jpg"))
-FURTHER = {"ratio": ratio, "failures": failures, "typical": typical}
+FURTHER = {"failures": failures, "typical": typical}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["all", *EXPERIMENTS, *FURTHER])
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--teach", metavar="K/N", help="only teach the experiments' subjects, and of them every N-th from the K-th on, K from 0")
+    parser.add_argument("--teach", action="store_true", help="only teach the experiments' subjects")
     parser.add_argument("--count", action="store_true", help="only count what the experiments ask for")
-    parser.add_argument("--subjects", metavar="A:B", help="only these of the subjects, counted from 0: a part, which adds its rows to the tables")
+    parser.add_argument("--reverse", action="store_true", help="begin with the last cell")
     a = parser.parse_args()
-    DATA.mkdir(exist_ok=True)
-    global SECOND
-    SECOND = a.work / "second judge"
     work = a.work / edition()["model"][:8]          # a subject belongs to the model that it was taught on
     chosen = [*EXPERIMENTS, *FURTHER] if "all" in a.what else a.what
-    if a.subjects and not re.fullmatch(r"\d+:\d+", a.subjects): parser.error(f"--subjects: expected A:B, such as 0:8, got {a.subjects!r}")
-    if a.subjects: only(*map(int, a.subjects.split(":")))
-    if a.teach and not re.fullmatch(r"\d+/\d+", a.teach) or a.teach and int(a.teach.split("/")[0]) >= int(a.teach.split("/")[1]):
-        parser.error(f"--teach: expected K/N with K from 0 to N − 1, got {a.teach!r}")
-    if a.count:
-        asked = [what for what in chosen if what in EXPERIMENTS]
-        taught = {home(work, way, name) for what in asked for way in EXPERIMENTS[what].ways for name in EXPERIMENTS[what].names}
-        print(markdown_table(list(map(counted, asked))) + f"\n\n{len(taught)} subjects to teach, each in one way")
-        return
-    if a.teach:
-        if "steered" in chosen and a.teach.startswith("0/"): train_second_judge()
-        for e in (EXPERIMENTS[what] for what in chosen if what in EXPERIMENTS): teach(work, e.ways, e.names, tuple(map(int, a.teach.split("/"))))
-        return
-    for what in chosen: FURTHER[what](work) if what in FURTHER else run(work, what)
-
-
-def only(first, last):
-    "Cut all experiments down to a part of the subjects."
-    chosen = ALL[first:last]
-    ALL[:] = chosen; PART[:] = [f" {first} to {last}"]
-    EXPERIMENTS.update({name: replace(e, names=[n for n in e.names if n in chosen]) for name, e in EXPERIMENTS.items()})
+    todo = cells([what for what in chosen if what in EXPERIMENTS])
+    if a.reverse: todo.reverse()
+    if a.count: print(markdown_table([counted(what) for what in chosen if what in EXPERIMENTS]) + f"\n\n{len({home(work, *c[1:]) for c in todo})} subjects to teach, each in one way")
+    elif a.teach:
+        for _, way, name in todo: teach(work, way, name, wait=False)
+    else:
+        torch.set_num_threads(1)
+        for c in todo: fill(work, *c)
+        for what in chosen: FURTHER[what](work) if what in FURTHER else tabulate(work, what)
 
 
 if __name__ == "__main__": main()

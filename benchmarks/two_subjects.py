@@ -1,6 +1,6 @@
 """Two subjects of one class, side by side in one picture: who is seen at which place?
 
-    python benchmarks/evidence.py reuse --teach 0/1    # teach the subjects, once
+    python benchmarks/evidence.py reuse --teach    # teach the subjects, once
     python benchmarks/two_subjects.py             # draw and score: a quarter of an hour on one core
 
 Scores of single pictures stay in --work; what the chapter on several subjects reads, a mean for each pair, rule and kind of prompt, goes to
@@ -19,7 +19,6 @@ from PIL import Image
 from parallel_rescale import SeveralSubjects, TINY_SDXL
 from parallel_rescale.evidence.evaluation import load_pipeline
 from parallel_rescale.evidence.questions import noise_seed
-from parallel_rescale.evidence.recorded import edition, record, RECORDED
 from parallel_rescale.evidence.recorded import edition, record, RECORDED
 from parallel_rescale.tools.util import quietly, write_atomically
 from parallel_rescale.world.captions import asked
