@@ -324,7 +324,7 @@ def test_class_pictures_and_samples_leave_the_vae_in_float32(references, tmp_pat
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_what_float32_learns(references, stirred, precision, changes, tmp_path):
     """Losses and gradients are means over thousands of roundings of either sign, so a few units of one rounding remain: 8 for
-    a loss, and 32 for the gradient, which is one more pass through the network (25 were measured)."""
+    a loss, and 48 for the gradient, which is one more pass through the network (25 were measured on a CPU, 35 on a GPU)."""
     if changes.get("prior_loss_weight"):
         for n, r in enumerate(references[:2]): r.image.save(tmp_path / f"{n}.png")
         changes = changes | dict(class_data_dir=tmp_path)
@@ -336,7 +336,7 @@ def test_half_precision_learns_what_float32_learns(references, stirred, precisio
         made.append((logs, torch.cat([q.grad.flatten() for q in run.trained])))
     (exact, gradient), (logs, rounded) = made
     for k in exact: torch.testing.assert_close(logs[k].float(), exact[k], rtol=8 * UNIT[precision], atol=0)
-    assert (rounded - gradient).norm() < 32 * UNIT[precision] * gradient.norm()
+    assert (rounded - gradient).norm() < 48 * UNIT[precision] * gradient.norm()
 
 
 @cuda

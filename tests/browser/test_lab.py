@@ -140,3 +140,29 @@ def test_an_explainer_follows_the_hand_and_python_the_explainer(open_notebook):
     cell = book.panel.locator(".jp-CodeCell").nth(3)
     book.write(cell, "print('moved', drawing.g_text != [1.8, .5] or drawing.g_cons != [-1.5, 1.8])")
     assert "moved True" in cell.inner_text()
+
+
+@pytest.mark.skipif(not (NBS / EXPLAINERS).exists(), reason="this checkout has no explainers")
+def test_the_toy_flows_as_a_slider_is_dragged(open_notebook):
+    book = open_notebook(EXPLAINERS)
+    book.write(book.panel.locator(".jp-CodeCell").nth(2), "from parallel_rescale.use.explainers import explainer\ntoy = explainer('toy')\ntoy")
+    output = book.panel.locator(".jp-OutputArea-output").filter(has=book.page.locator("canvas")).first
+    canvas, slider = output.locator("canvas").first, output.locator('input[type="range"]').nth(2)
+    slider.scroll_into_view_if_needed()
+    painted = "canvas => canvas.toDataURL()"
+    before, told = canvas.evaluate(painted), output.locator(".pr-told").inner_text()
+    box = slider.bounding_box()
+    height = box["y"] + box["height"] / 2
+    value = float(slider.input_value()) / .95
+    book.page.mouse.move(box["x"] + 8 + value * (box["width"] - 16), height)
+    book.page.mouse.down()
+    book.page.mouse.move(box["x"] + box["width"] - 4, height, steps=8)
+    book.page.mouse.up()
+    book.page.wait_for_timeout(800)
+    assert canvas.evaluate(painted) != before and output.locator(".pr-told").inner_text() != told
+    book.picture("toy-dragged")
+    cell = book.panel.locator(".jp-CodeCell").nth(3)
+    book.write(cell, "print('leak is', round(toy.leak, 2))")
+    assert "leak is 0.9" in cell.inner_text()
+    book.write(cell, "toy.rule = 'parallel_rescale'")                    # and the other way round
+    assert output.locator('input[value="parallel_rescale"]').is_checked()
