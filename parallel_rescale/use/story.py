@@ -51,7 +51,7 @@ def _whole(name, value, low, high):
 @dataclass(frozen=True)
 class Settings:
     "One prompt, one noise, and one rule or two, for pictures. ValueError names what is out of range."
-    prompt: str = "a photo of a {subject} wearing glasses in the snow"
+    prompt: str = "a photo of a {subject} wearing a cape at night"
     rules: tuple = AT_FIRST
     seed: int = 0
     steps: int = 20
