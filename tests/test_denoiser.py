@@ -356,7 +356,7 @@ def small_unet():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torch_compile(in_place):
     unet, args, named = small_unet()
     def answers(unet): return [asked(unet, *how) for how in ((ParallelRescale(), True), (ParallelRescale(), False), (CFG(), True))]
@@ -625,7 +625,7 @@ def test_one_row_filter_serves_all_layers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["in place", pytest.param("whole", marks=pytest.mark.slow), "regional"])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("in place", "whole")), "regional"])
 def test_compiled_once_for_each_arrangement_of_rows(how):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()

@@ -161,11 +161,11 @@ def test_an_experiment_from_teaching_to_its_table(evidence, tmp_path, monkeypatc
 
 def test_p_of_a_taught_subject_beside_that_of_another_class(evidence, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "ASKS", evidence.ASKS[3:5])
-    monkeypatch.setattr(evidence, "EXPERIMENTS", {"ratio": evidence.Experiment(["short; varied"], ["pixel_the_cat", "mocha_the_cup"], evidence.EXPERIMENTS["ratio"].rules, rows=evidence.ratio_rows)})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"ratio": evidence.Experiment(["short; varied"], ["pixel_the_cat"], evidence.EXPERIMENTS["ratio"].rules, rows=evidence.ratio_rows)})
     for cell in evidence.cells(["ratio"]): evidence.fill(tmp_path / "work", *cell)
     evidence.tabulate(tmp_path / "work", "ratio")
     ratio = pd.read_csv(tmp_path / "ratio.csv")
-    assert len(ratio) == 2 * 2 * 2 * 20 and of_another("ratio", tmp_path) == [] and ratio.parallel_share.between(0, 1).all() and ratio.cosine.between(-1, 1).all()
+    assert len(ratio) == 2 * 2 * 20 and of_another("ratio", tmp_path) == [] and ratio.parallel_share.between(0, 1).all() and ratio.cosine.between(-1, 1).all()
     assert set(ratio.direction) == {"subject", "another class"}
 
 

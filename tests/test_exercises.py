@@ -72,7 +72,7 @@ def test_an_exercise_waits_while_it_is_open(path):
         assert "<details>" in found[i + 1][2], f"{path.name}: exercise {found[i][0]} has no solution"
 
 
-SLOW = {"reading_a_run.ipynb"}                           # solutions that need a training
+SLOW = {"reading_a_run.ipynb", "12_several.ipynb", "06_guider.ipynb", "06_denoiser.ipynb", "10_previews.ipynb", "03_consistency.ipynb", "09_step.ipynb", "01_demo.ipynb"}   # half a minute each
 ON_TABLES = {"08_evidence.ipynb", "09_family.ipynb", "personalisation.ipynb"}    # … and those that read recorded tables
 
 

@@ -44,7 +44,7 @@ def test_it_opens_with_two_rules_on_the_same_noise_and_tells_of_both(explorer):
     assert explorer.settings == Settings(steps=4) and len(explorer.images) == 2
     assert [p.rule for p in explorer.painted] == list(explorer.settings.rules)
     for side, picture in enumerate(explorer.screen.pictures):
-        assert "data:image/png;base64," in picture.value and 'alt="Picture by' in picture.value and "place snow" in picture.value and "the judge sees a photo" in picture.value
+        assert "data:image/png;base64," in picture.value and 'alt="Picture by' in picture.value and "place night" in picture.value and "the judge sees a" in picture.value
     shown = 2 + sum(len(p.previews) + 1 for p in explorer.painted)          # charts; previews and pictures
     assert explorer.screen.charts.value.count("<img") == shown and explorer.screen.maps.value.count("<img") == 2
     assert "Painted in" in explorer.screen.message.value and repr(explorer).startswith("Explorer(")
