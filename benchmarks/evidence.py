@@ -14,7 +14,6 @@ parallel_rescale/data/evidence/<experiment>.csv as soon as a subject's cells are
 import argparse
 import fcntl
 import json
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -142,10 +141,11 @@ def asked_of_the_second(prompts): return judge_misses(prompts, SECOND / "judge.s
 
 def train_second_judge(samples=256_000):
     "A judge that learned from other pictures, from nothing: about twelve minutes on one core."
-    if (SECOND / "judge.safetensors").exists(): return
-    SECOND.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPES["cpu"] | dict(instances=8000, judge_samples=samples)
-    judge_stage(SECOND, recipe, *render_stage(SECOND, recipe, seed=4711)[:2], seed=4711)
+    with locked(SECOND.with_name("second judge.lock"), wait=True):      # one process trains it, the others wait for it
+        if (SECOND / "judge.safetensors").exists(): return
+        SECOND.mkdir(parents=True, exist_ok=True)
+        recipe = RECIPES["cpu"] | dict(instances=8000, judge_samples=samples)
+        judge_stage(SECOND, recipe, *render_stage(SECOND, recipe, seed=4711)[:2], seed=4711)
 
 
 def reuse():
@@ -286,6 +286,9 @@ def cells(chosen):
     return sorted(asked, key=lambda c: taught.index((split(c[1]), c[2])))
 
 
+ROWS = "means.csv"     # of a finished cell
+
+
 def fill(work, experiment, way, name):
     "Do a cell, unless it is done or another process is about it."
     folder = cell(work, experiment, way, name)
@@ -294,9 +297,6 @@ def fill(work, experiment, way, name):
         rows = EXPERIMENTS[experiment].rows(work, experiment, way, name).assign(trained=split(way)[0], regime=split(way)[1])
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / ROWS, rows.to_csv(index=False).encode())
-
-
-ROWS = "means.csv"
 
 
 def command(what): return f"python benchmarks/evidence.py {what}"

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from parallel_rescale.tools.embedded import load_tiny_sdxl
 from parallel_rescale.world.captions import MAX_TOKENS
 from parallel_rescale.world.judge import Judge, load_judge, supervised_contrastive
-from parallel_rescale.world.painter import Painter, RECIPES
+from parallel_rescale.world.painter import Painter
 from parallel_rescale.world.pictures import _render_one
 from parallel_rescale.world.scenes import ATTRIBUTES
-from parallel_rescale.world.training import as_tensor, load_start, min_snr_mse, save_weights, signal_to_noise
+from parallel_rescale.world.training import as_tensor, min_snr_mse, save_weights, signal_to_noise
 
 SHARD, EACH = 250, 4                          # individuals in a shard, pictures of each
 SEED = 2026
@@ -153,8 +153,9 @@ def begin(model, device, peak):
 def painter(folder, seconds, device, room, batch, peak):
     pipe = load_tiny_sdxl(device=device)
     vae, scale = pipe.vae.float().eval(), pipe.vae.config.scaling_factor
-    model = Painter(pipe.tokenizer, RECIPES["gpu"]["unet"], pipe.unet.config.in_channels)
-    load_start(model, Path(__file__).parent, "painter"); model.to(device).train()
+    model = Painter(pipe.tokenizer, pipe.unet.config.block_out_channels, pipe.unet.config.in_channels)
+    for part in ("text_encoder", "text_encoder_2", "unet"): setattr(model, part, getattr(pipe, part))
+    model.float().train().requires_grad_(True)
     average, optimizer, rate, loss_sum = begin(model, device, peak)
     channels = pipe.unet.config.in_channels
     latents = torch.zeros(room, channels, 16, 16, dtype=torch.float16, device=device)
