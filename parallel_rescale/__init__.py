@@ -5,7 +5,11 @@ are the parts of the book in `nbs/`: tools, method, machine, subject, evidence, 
 """
 __version__ = "0.1.0"
 
+import logging
 from importlib import import_module
+
+# transformers recommends torchvision, which nothing here needs, as the first, red output of a notebook
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 _PUBLIC = {  # module -> the names it gives to the top level
     "tools.embedded": ["TINY_SDXL"],

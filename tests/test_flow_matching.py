@@ -347,7 +347,7 @@ def test_resume_equals_an_uninterrupted_run(references, trained, base, tmp_path,
 
 def test_killed_and_resumed(references, base, tmp_path):
     "SIGKILL at an arbitrary moment after the first checkpoint; the run is long enough not to be over by then."
-    output, long = tmp_path / "run", RUN | dict(base=base, max_train_steps=60, checkpointing_steps=3)
+    output, long = tmp_path / "run", RUN | dict(base=base, max_train_steps=24, checkpointing_steps=3)
     script = QUICK + textwrap.dedent(f"""
         from parallel_rescale.world.pictures import reference_set
         finetuning.finetune(reference_set("pixel_the_cat", "{{subject}}"), output={str(output)!r}, **{long!r})""")

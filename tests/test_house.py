@@ -121,3 +121,9 @@ def test_a_chapter_asks_shows_and_leads_on(path):
     assert any(k.startswith("image/") for o in outputs for k in o.get("data", {})), "it shows a figure"
     exercises = [s for kind, s in cells(path) if s.startswith("%%exercise")]
     assert 2 <= len(exercises) <= 4, f"{len(exercises)} exercises"
+
+
+def test_every_chapter_and_tour_opens_on_colab_by_the_same_cell():
+    opened = {p.relative_to(NBS).as_posix(): ["".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c.get("id") == "colab"]
+              for p in sorted(NBS.rglob("*.ipynb")) if p.name != "index.ipynb" and ".ipynb_checkpoints" not in p.parts}
+    assert {name for name, found in opened.items() if len(found) != 1} == set() and len({found[0] for found in opened.values()}) == 1

@@ -153,10 +153,12 @@ def test_importing_the_package_is_cheap():
            "assert not {name for name in set(sys.modules) - before if name.startswith('parallel_rescale.')}")
 
 
-def test_no_module_imports_plotting_widgets_or_jupyter():
+def test_no_module_imports_plotting_widgets_or_jupyter_and_none_has_something_to_say():
     heavy = ["matplotlib", "IPython", "ipywidgets", "jupyter_core", "ipykernel", "nbdev", "fastcore", "pytest"]
-    python(f"import importlib, sys\nfor name in {MODULES}: importlib.import_module('parallel_rescale.' + name)\n"
-           f"loaded = [name for name in {heavy} if name in sys.modules]\nassert not loaded, loaded")
+    said = python(f"import contextlib, importlib, io, sys\nwith contextlib.redirect_stderr(io.StringIO()) as said:\n"
+                  f"    for name in {MODULES}: importlib.import_module('parallel_rescale.' + name)\n"
+                  f"loaded = [name for name in {heavy} if name in sys.modules]\nassert not loaded, loaded\nprint(said.getvalue())")
+    assert said.strip() == ""                                                       # it would be a reader's first output, in red
 
 
 def test_nothing_of_one_machine_is_in_the_repository():
@@ -170,6 +172,7 @@ def test_nothing_of_one_machine_is_in_the_repository():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_figures_in_notebooks_are_small(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]        # the state of bars that nobody sees
     bundles = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     pictures = [base64.b64decode("".join(data)) for bundle in bundles for kind, data in bundle.items() if kind in ("image/png", "image/jpeg")]
     assert all(len(picture) < FIGURE_BYTES for picture in pictures), [len(picture) for picture in pictures]

@@ -195,8 +195,8 @@ def curve_gap(a: np.ndarray, b: np.ndarray, # polylines [points, 2], each in the
     a, b = branch(a), branch(b)
     low, high = max(a[0, 0], b[0, 0], least), min(a[-1, 0], b[-1, 0])
     if not low < high: return np.nan
-    x = np.linspace(low, high, n)
-    return float(np.mean(np.interp(x, *a.T) - np.interp(x, *b.T)))
+    x = low + (high - low) / (n - 1) * np.arange(n)
+    return float((np.interp(x, *a.T) - np.interp(x, *b.T)).mean())
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #n021as
 def _settings(rules, family):
@@ -212,7 +212,7 @@ def matched(table: pd.DataFrame, family: str, against: str, x: str = "alignment"
     (95 % over subjects), the common range of x, n."""
     rules, points = tradeoff_points(table, x, y)
     a, b = (points[:, _settings(rules, f)] for f in (family, against))
-    def gap(v): return curve_gap(v[:, :a.shape[1]].mean(0), v[:, a.shape[1]:].mean(0), least)
+    def gap(v): return curve_gap(*np.split(v.mean(0), [a.shape[1]]), least)
     found = dict(zip(("difference", "low", "high"), map(float, interval(gap, np.concatenate([a, b], 1)))))
     starts, ends = zip(*((c[0, 0], c[-1, 0]) for c in (branch(v.mean(0)) for v in (a, b))))
     return dict(family=family, against=against, **found, from_x=float(max(least, *starts)),
@@ -238,10 +238,12 @@ def hypervolumes(table: pd.DataFrame, x: str = "alignment", y: str = "identity",
     against = check_name("family", against, families) if against else families[0]
     groups, signs = [np.flatnonzero(rules.family == f)
                      for f in families], np.array([directed(x), directed(y)])
+    origin, base = np.array(reference) * signs, families.index(against)
     def volumes(v):
-        return np.array([hypervolume(v[:, g].mean(0) * signs, np.array(reference) * signs) for g in groups])
-    def gaps(v): return (w := volumes(v)) - w[families.index(against)]
-    named = zip(("hypervolume", "low", "high", "difference", "difference_low", "difference_high"),
-                (*interval(volumes, points), *interval(gaps, points)))
-    return pd.DataFrame(dict(family=families, settings=list(map(len, groups)), **dict(named), against=against,
+        v = v.mean(0) * signs
+        each = np.array([hypervolume(v[g], origin) for g in groups])
+        return np.stack([each, each - each[base]])
+    (each, gap), (low, gap_low), (high, gap_high) = interval(volumes, points)
+    return pd.DataFrame(dict(family=families, settings=list(map(len, groups)), hypervolume=each, low=low, high=high,
+                             difference=gap, difference_low=gap_low, difference_high=gap_high, against=against,
                              subjects=len(points)))

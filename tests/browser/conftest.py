@@ -122,10 +122,12 @@ class Notebook:
         self.page.wait_for_timeout(1500)                                # the cells are queued
         self.wait(seconds)
 
-    def restart(self):
-        "A fresh kernel, and no output that was stored."
-        self.menu("Kernel", "Restart Kernel and Clear Outputs of All Cells…")
-        self.page.locator(".jp-Dialog .jp-mod-accept").click()
+    def begin(self):
+        "No stored output is left, and the kernel is up: each notebook that is opened has one of its own."
+        asks = self.page.locator(".jp-Dialog", has_text="Select Kernel")    # before the server has told what kernels there are
+        self.page.add_locator_handler(asks, lambda dialog: dialog.locator(".jp-mod-accept").click())
+        self.menu("Edit", "Clear Outputs of All Cells")
+        self.page.wait_for_function("() => !document.querySelector('.jp-CodeCell .jp-OutputArea-output')", timeout=30_000)
         self.page.wait_for_function(
             "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
             timeout=240_000)
@@ -165,7 +167,7 @@ def open_notebook(browser, lab, versions, request):
         page.goto(f"{address}/lab/tree/nbs/{path}?token={token}&reset")
         book = Notebook(page, shot)
         book.panel.locator(".jp-Cell").first.wait_for(timeout=90_000)
-        book.restart()
+        book.begin()
         return book
 
     yield opened
