@@ -35,6 +35,7 @@ def evidence(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "DATA", tmp_path)
     monkeypatch.setattr(module, "WAYS", {"short": dict(max_train_steps=1)})
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1)
     return module
 
 

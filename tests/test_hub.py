@@ -101,6 +101,7 @@ def test_fine_tuning_from_a_shell_pushes_its_result_alone(hub, tmp_path):
     assert card.startswith('---\nlibrary_name: "diffusers"') and '"url": "samples/grid.png"' in card
 
 
+@pytest.mark.slow
 def test_a_token_that_may_not_write_is_found_out_before_any_work(hub, tmp_path):
     photographs(tmp_path / "photos")
     hub.refuses = True
@@ -108,8 +109,8 @@ def test_a_token_that_may_not_write_is_found_out_before_any_work(hub, tmp_path):
     assert done.returncode == 2 and "push_to_hub: no repository 'me/pixel'" in done.stderr and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("state,words", [(dict(read_only=True), "no repository 'me/pixel' can be had on the Hub"), (dict(private=False), "'me/pixel' is public on the Hub")],
-                         ids=["a token that reads", "a public one"])
+@pytest.mark.parametrize("state,words", [pytest.param(dict(read_only=True), "no repository 'me/pixel' can be had on the Hub", id="a token that reads"),
+                                         pytest.param(dict(private=False), "'me/pixel' is public on the Hub", id="a public one", marks=pytest.mark.slow)])
 def test_a_repository_that_is_there_is_looked_at_before_any_work(hub, tmp_path, state, words):
     "The client calls it a success to make a repository that exists, whoever asks and however public it is."
     photographs(tmp_path / "photos")

@@ -22,7 +22,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def shards(script, tmp_path):
-    script.render_shards((tmp_path, 0, 1, math.inf, 3))
+    script.render_shards((tmp_path, 2026, 0, 1, math.inf, 3))
     assert len(list(tmp_path.glob("shard*.npz"))) == 3
     return tmp_path
 
@@ -41,5 +41,5 @@ def test_a_network_goes_on_from_its_stored_weights(script, shards, name):
 
 
 def test_rendering_ends_at_its_time(script, tmp_path):
-    script.render_shards((tmp_path, 0, 1, time.time() - 1, 3))
+    script.render_shards((tmp_path, 2026, 0, 1, time.time() - 1, 3))
     assert not list(tmp_path.iterdir())

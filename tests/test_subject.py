@@ -190,8 +190,9 @@ def owner(regime, **options):
     return reference_set("pixel_the_cat", "{subject}", regime, **options)
 
 
-def test_a_shared_background_that_no_caption_names_is_said_before_training(tmp_path, capsys):
+def test_a_shared_background_that_no_caption_names_is_said_before_training(tmp_path, capsys, monkeypatch):
     from parallel_rescale import finetune
+    monkeypatch.setattr("parallel_rescale.subject.previews.SAMPLE_STEPS", 1)
     options = dict(class_noun="cat", token="<pixel>", max_train_steps=1, train_batch_size=1, overwrite=True)
     for images, said in ((owner("same place", named=False), True), (owner("same place"), False), (owner("varied"), False)):
         finetune(images, output=tmp_path / "subject", **options)

@@ -30,7 +30,6 @@ from parallel_rescale.world.scenes import ATTRIBUTES
 from parallel_rescale.world.training import as_tensor, min_snr_mse, save_weights, signal_to_noise
 
 SHARD, EACH = 250, 4                          # individuals in a shard, pictures of each
-SEED = 2026
 
 
 def numbered(tokenizer, texts): return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids.astype(np.int16)
@@ -38,13 +37,13 @@ def numbered(tokenizer, texts): return tokenizer(texts, padding="max_length", ma
 
 def render_shards(job):
     "Shards number `first`, `first` + `every`, … until `until`."
-    folder, first, every, until, most = job
+    folder, seed, first, every, until, most = job
     from transformers import CLIPTokenizer
     from parallel_rescale import TINY_SDXL
     tokenizer = CLIPTokenizer.from_pretrained(TINY_SDXL, subfolder="tokenizer")
     for k in range(first, most, every):
         if time.time() > until: return
-        made = [_render_one((SEED, k * SHARD + i, EACH)) for i in range(SHARD)]
+        made = [_render_one((seed, k * SHARD + i, EACH)) for i in range(SHARD)]
         part = folder / f"part{k}.npz"
         np.savez(part, images=np.concatenate([m[0] for m in made]), labels=np.concatenate([m[1] for m in made]),
                  tokens=numbered(tokenizer, [text for m in made for texts in m[2] for text in texts]).reshape(SHARD * EACH, 3, MAX_TOKENS),
@@ -52,9 +51,9 @@ def render_shards(job):
         part.rename(folder / f"shard{k:05d}.npz")
 
 
-def render(folder, seconds, processes, most):
+def render(folder, seed, seconds, processes, most):
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, i, processes, time.time() + seconds, most) for i in range(processes)]
+    jobs = [(folder, seed, i, processes, time.time() + seconds, most) for i in range(processes)]
     # the steps of the networks come first
     with multiprocessing.get_context("spawn").Pool(processes, os.nice, (10,)) as pool: pool.map(render_shards, jobs, 1)
 
@@ -256,8 +255,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=None, help="default: 256 for the painter, 128 for the judge")
     parser.add_argument("--peak", type=float, default=None, help="learning rate; default: 1.5e-3 for the painter, 2e-3 for the judge")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seed", type=int, default=2026, help="another one for a second run, which then sees other pictures")
     a = parser.parse_args()
-    torch.manual_seed(SEED); torch.backends.cudnn.benchmark = True
-    if a.what == "render": render(a.folder, a.seconds, a.processes, a.room // (SHARD * EACH))
+    torch.manual_seed(a.seed); torch.backends.cudnn.benchmark = True
+    if a.what == "render": render(a.folder, a.seed, a.seconds, a.processes, a.room // (SHARD * EACH))
     if a.what == "painter": painter(a.folder, a.seconds, a.device, a.room, a.batch or 256, a.peak or 1.5e-3)
     if a.what == "judge": judge(a.folder, a.seconds, a.device, a.room, a.batch or 128, a.peak or 2e-3)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORDED', 'CELLS', 'NAMED', 'SCORES', 'edition', 'record', 'made', 'of_another', 'recorded', 'panels', 'paired',
-           'clearly', 'says', 'tally', 'mean_of', 'curves', 'with_parts', 'curve_table']
+           'clearly', 'says', 'tally', 'mean_of', 'curves', 'with_parts', 'between', 'curve_table']
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c002
 import hashlib, json, subprocess, warnings
@@ -155,15 +155,21 @@ def curves(table: pd.DataFrame, family: str, against: str, least: float = .5) ->
     return {name: matched(table, family, against, x, y, least) for name, (x, y) in at.items()}
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017as
-def with_parts(trained, regime) -> pd.DataFrame:
-    """The experiment on regimes of one cell, all prompts, together with that on parts of the formula where
-    it is recorded."""
-    there = [name for name in ("regimes", "parts") if (RECORDED / f"{name}.csv").is_file()]
-    return pd.concat([recorded(name, None, trained, regime) for name in there])
+def with_parts(trained, regime, *families) -> pd.DataFrame:
+    """The experiment on regimes of one cell, all prompts; where a family is asked for that was drawn for
+    the parts of the formula alone, together with that one, for the subjects that both have."""
+    tables = [recorded("regimes", None, trained, regime)]
+    if not set(families) <= set(tables[0].family): tables.append(recorded("parts", None, trained, regime))
+    both = set.intersection(*(set(table.subject) for table in tables))
+    return pd.concat([table[table.subject.isin(both)] for table in tables])
+
+def between(family, against, trained, regime, **options) -> dict:
+    "`curves` of two families in one cell of the experiments on regimes and on the parts of the formula."
+    return curves(with_parts(trained, regime, family, against), family, against, **options)
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017bs
 def _curve_row(family, against, trained, regime, **options):
-    found = curves(with_parts(trained, regime), family, against, **options)
+    found = between(family, against, trained, regime, **options)
     start, end = (found["alignment"][k] for k in ("from_x", "to_x"))
     return {"references": regime, "training": NAMED[trained], "curve": family_title(family),
             "alignment at the same identity": says(found["alignment"]),
@@ -173,5 +179,5 @@ def _curve_row(family, against, trained, regime, **options):
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017
 def curve_table(families, against, **options):
-    "Differences between curves, over all ten prompts, a row for each cell and family."
+    "Differences between curves, over all prompts, a row for each cell and family."
     return markdown_table([_curve_row(f, against, *cell, **options) for cell in CELLS for f in families])

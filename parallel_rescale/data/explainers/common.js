@@ -15,7 +15,7 @@ const STYLE = `
 .pr-explainer :focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
 .pr-explainer .pr-handle:focus-visible { outline: none; stroke: #E69F00; stroke-width: 4; }
 .pr-explainer .pr-choice { border: 0; padding: 0; margin: 0 0 9px 0; }
-.pr-explainer .pr-choice legend { padding: 0; }
+.pr-explainer .pr-choice legend { padding: 0; font-size: inherit; }
 .pr-explainer .pr-choice label { display: flex; gap: 7px; align-items: center; }
 .pr-explainer .pr-patch { width: 12px; height: 12px; border-radius: 3px; }
 .pr-explainer button { font: inherit; padding: 3px 14px; margin: 2px 0 8px 0; }
