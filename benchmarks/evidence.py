@@ -143,9 +143,12 @@ def train_second_judge(samples=256_000):
     "A judge that learned from other pictures, from nothing: about twelve minutes on one core."
     with locked(SECOND.with_name("second judge.lock"), wait=True):      # one process trains it, the others wait for it
         if (SECOND / "judge.safetensors").exists(): return
-        SECOND.mkdir(parents=True, exist_ok=True)
+        part = SECOND.with_name("second judge, in training")            # where a run that was stopped goes on
+        part.mkdir(parents=True, exist_ok=True)
         recipe = RECIPES["cpu"] | dict(instances=8000, judge_samples=samples)
-        judge_stage(SECOND, recipe, *render_stage(SECOND, recipe, seed=4711)[:2], seed=4711)
+        judge_stage(part, recipe, *render_stage(part, recipe, seed=4711)[:2], seed=4711)
+        SECOND.mkdir(exist_ok=True)
+        (part / "judge.safetensors").rename(SECOND / "judge.safetensors")
 
 
 def reuse():

@@ -1,7 +1,7 @@
 """What the embedded model and its judge are worth: measures training/score.json and writes the figures on the model's card.
 
-python benchmarks/tiny_sdxl.py N     # N random prompts, and N with pairs that training never showed: about 4 s a prompt on one core
-python benchmarks/tiny_sdxl.py 0     # only the card's figures, from training/score.json
+python benchmarks/tiny_sdxl.py N [HELD]    # N random prompts, and HELD (default: N) with pairs that training never showed: about 2 s each on one core
+python benchmarks/tiny_sdxl.py 0           # only the card's figures, from training/score.json
 """
 import json
 import sys
@@ -12,8 +12,8 @@ SCORE, CARD = ROOT / "training" / "score.json", ROOT / "parallel_rescale" / "tin
 BEGIN, END = "<!-- figures: written by benchmarks/tiny_sdxl.py -->\n", "<!-- end of figures -->\n"
 
 
-def measure(n, renders=1200):
-    "Scores of the embedded model on `n` prompts of each kind, and of its judge on fresh renders."
+def measure(n, held=None, renders=1200):
+    "Scores of the embedded model on n random prompts and on `held` with held-out pairs, and of its judge on fresh renders."
     from parallel_rescale.tools.embedded import load_tiny_sdxl
     from parallel_rescale.world.judge import judge_report, load_judge
     from parallel_rescale.world.model import score_model
@@ -21,7 +21,7 @@ def measure(n, renders=1200):
     pipe, judge, fresh = load_tiny_sdxl(), load_judge(), render_dataset(renders // 4, 4, seed=92)
     trained = json.loads((ROOT / "training" / "log.json").read_text())[-1]
     return dict(samples=trained["samples"], hours=trained["hours"], random=score_model(pipe, judge, n=n),
-                held_out=score_model(pipe, judge, n=n, held=True), judged_renders=renders,
+                held_out=score_model(pipe, judge, n=held or n, held=True), judged_renders=renders,
                 judge=judge_report(judge, fresh["images"], fresh["labels"]))
 
 
@@ -43,8 +43,8 @@ def lines(score):
         "| asked for | one: model | render | two: model | render |", "| --- | ---: | ---: | ---: | ---: |",
         *("| " + " | ".join(row) + " |" for row in rows), "",
         f"Fréchet distance in the judge's features to as many fresh renders: {found['frechet']:.2f}, where two sets of renders are",
-        f"{found['floor']:.2f} apart (both fall with the number of pictures). With a pair of attributes that no training picture showed, one",
-        f"subject: alignment {percent(held[0])}, true renders {percent(held[1])}.", "",
+        f"{found['floor']:.2f} apart (both fall with the number of pictures). On {score['held_out']['n']:,} prompts with a pair of attributes that no training",
+        f"picture showed, one subject: alignment {percent(held[0])}, true renders {percent(held[1])}.", "",
         f"The judge itself on {score['judged_renders']:,} fresh renders, right in percent (expected calibration error): {sure}.", ""])
 
 
@@ -55,6 +55,6 @@ def write_card(score):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2: sys.exit(__doc__)
-    if n := int(sys.argv[1]): SCORE.write_text(json.dumps(measure(n), indent=1) + "\n", encoding="utf-8")
+    if len(sys.argv) not in (2, 3): sys.exit(__doc__)
+    if n := int(sys.argv[1]): SCORE.write_text(json.dumps(measure(n, *map(int, sys.argv[2:])), indent=1) + "\n", encoding="utf-8")
     write_card(json.loads(SCORE.read_text(encoding="utf-8")))

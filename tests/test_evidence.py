@@ -170,6 +170,20 @@ def test_p_of_a_taught_subject_beside_that_of_another_class(evidence, tmp_path, 
     assert set(ratio.direction) == {"subject", "another class"}
 
 
+def test_a_second_judge_that_was_stopped_half_way_is_none(evidence, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "SECOND", tmp_path / "runs" / "second judge")
+    monkeypatch.setattr(evidence, "render_stage", lambda work, recipe, seed: (None, None, None))
+    stops = iter([True, False])
+    def stage(work, recipe, *_, seed):
+        (work / "judge.safetensors").write_text("as far as it came")                    # a stage writes it on the way
+        if next(stops): raise KeyboardInterrupt
+    monkeypatch.setattr(evidence, "judge_stage", stage)
+    with pytest.raises(KeyboardInterrupt): evidence.train_second_judge()
+    assert not (evidence.SECOND / "judge.safetensors").exists()
+    for _ in range(2): evidence.train_second_judge()                                    # once it is there, it is not trained again
+    assert (evidence.SECOND / "judge.safetensors").exists()
+
+
 def test_several_processes_share_the_cells(evidence, tmp_path, monkeypatch):
     "What another process is about is left alone, what is done stays, and only subjects that are complete come into the table."
     asked = []

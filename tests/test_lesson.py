@@ -1,4 +1,5 @@
-"The student's version of the lesson is the lesson without what is folded, and without outputs."
+"The student's version of the lesson is the lesson without what is folded, and without outputs; its parts fit into their minutes."
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -28,3 +29,14 @@ def test_the_parts_fill_ninety_minutes():
     table = [c.source for c in lesson().cells if "| part | minutes |" in c.source][0]
     rows = [row.split("|") for row in table.splitlines() if row.startswith("| ") and "·" in row or "what we" in row]
     assert sum(int(row[2]) for row in rows) == 90
+
+
+def test_each_part_holds_its_tasks_its_words_and_its_machine():
+    cells = lesson().cells
+    text = re.sub(r"<details>.*?</details>", "", "\n\n".join(c.source for c in cells if c.cell_type == "markdown"), flags=re.S)
+    machine = dict(re.findall(r"'(\d) · [^']*': '(\d+) s'", next(o.text for c in reversed(cells) for o in c.get("outputs", []) if "text" in o)))
+    parts = re.findall(r"^## (\d) · .*?\((\d+) minutes\)(.*?)(?=^## )", text, flags=re.S | re.M)
+    assert [number for number, *_ in parts] == list("12345") and set(machine) == set("124")
+    for number, minutes, words in parts:
+        tasks = sum(map(int, re.findall(r"\((\d+) minutes?\b", words)))
+        assert tasks + len(words.split()) / 150 + int(machine.get(number, 0)) / 60 <= int(minutes), number
