@@ -244,6 +244,6 @@ def hypervolumes(table: pd.DataFrame, x: str = "alignment", y: str = "identity",
         each = np.array([hypervolume(v[g], origin) for g in groups])
         return np.stack([each, each - each[base]])
     (each, gap), (low, gap_low), (high, gap_high) = interval(volumes, points)
-    return pd.DataFrame(dict(family=families, settings=list(map(len, groups)), hypervolume=each, low=low, high=high,
-                             difference=gap, difference_low=gap_low, difference_high=gap_high, against=against,
-                             subjects=len(points)))
+    return pd.DataFrame(dict(family=families, settings=list(map(len, groups)), hypervolume=each, low=low,
+                             high=high, difference=gap, difference_low=gap_low, difference_high=gap_high,
+                             against=against, subjects=len(points)))
