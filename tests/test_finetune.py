@@ -747,6 +747,7 @@ def in_two_processes(folder, code):
                           text=True, timeout=600, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(references, tmp_path):
     "Two processes of batch 1 take the steps of one process of batch 2."
     done = in_two_processes(tmp_path, script(tmp_path / "two", train_batch_size=1, max_train_steps=3))

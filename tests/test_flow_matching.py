@@ -345,6 +345,7 @@ def test_resume_equals_an_uninterrupted_run(references, trained, base, tmp_path,
     assert training_log(tmp_path / "run") == training_log(trained.folder)
 
 
+@pytest.mark.parametrize("base", [pytest.param(name, marks=[pytest.mark.slow] * (name != "flux")) for name in NAMES], indirect=True)
 def test_killed_and_resumed(references, base, tmp_path):
     "SIGKILL at an arbitrary moment after the first checkpoint; the run is long enough not to be over by then."
     output, long = tmp_path / "run", RUN | dict(base=base, max_train_steps=24, checkpointing_steps=3)

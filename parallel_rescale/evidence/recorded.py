@@ -147,12 +147,13 @@ def mean_of(rule, column, kind=None, trained="dco", regime="same place", experim
     return f"{table[table.rule == rule].groupby('subject')[column].mean().mean():.3f}"
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #n013
-def curves(table: pd.DataFrame, family: str, against: str, least: float = .5) -> dict:
+def curves(table: pd.DataFrame, family: str, against: str, least: float = .5, only=None) -> dict:
     """How far one family's curve lies above another's: `alignment` at the same identity, `identity` at
-    the same alignment, `oracle` at the same identity."""
+    the same alignment, `oracle` at the same identity; all three, or `only` those named."""
     at = dict(alignment=("identity", "alignment"), identity=("alignment", "identity"),
               oracle=("identity", "oracle"))
-    return {name: matched(table, family, against, x, y, least) for name, (x, y) in at.items()}
+    return {name: matched(table, family, against, x, y, least) for name, (x, y) in at.items()
+            if only is None or name in only}
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017as
 def with_parts(trained, regime, *families) -> pd.DataFrame:
