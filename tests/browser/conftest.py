@@ -123,14 +123,15 @@ class Notebook:
         self.wait(seconds)
 
     def begin(self):
-        "No stored output is left, and the kernel is up: each notebook that is opened has one of its own."
-        asks = self.page.locator(".jp-Dialog", has_text="Select Kernel")    # before the server has told what kernels there are
-        self.page.add_locator_handler(asks, lambda dialog: dialog.locator(".jp-mod-accept").click())
+        "The kernel is up (each notebook that is opened has one of its own), and no stored output is left."
+        asks = self.page.locator(".jp-Dialog", has_text="Select Kernel")    # where the server has not told yet what kernels there are
+        end = time.monotonic() + 240
+        while "| Idle" not in (told := self.page.locator("#jp-main-statusbar").inner_text()):
+            assert time.monotonic() < end, told
+            if asks.is_visible(): asks.locator(".jp-mod-accept").click()
+            self.page.wait_for_timeout(300)
         self.menu("Edit", "Clear Outputs of All Cells")
         self.page.wait_for_function("() => !document.querySelector('.jp-CodeCell .jp-OutputArea-output')", timeout=30_000)
-        self.page.wait_for_function(
-            "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
-            timeout=240_000)
 
     def errors(self):
         return self.panel.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
