@@ -73,7 +73,7 @@ def test_an_exercise_waits_while_it_is_open(path):
 
 
 SLOW = {"reading_a_run.ipynb", "12_several.ipynb", "06_guider.ipynb", "06_denoiser.ipynb", "10_previews.ipynb", "03_consistency.ipynb", "09_step.ipynb", "01_demo.ipynb",
-        "09_family.ipynb", "14_flow_matching.ipynb", "09_explorer.ipynb", "04_parallel_rescaling.ipynb"}   # half a minute each
+        "09_family.ipynb", "14_flow_matching.ipynb", "09_explorer.ipynb", "04_parallel_rescaling.ipynb", "11_rivals.ipynb", "02_pictures.ipynb"}   # half a minute each
 ON_TABLES = {"08_evidence.ipynb", "09_family.ipynb", "personalisation.ipynb"}    # … and those that read recorded tables
 
 
