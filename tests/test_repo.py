@@ -171,9 +171,9 @@ def test_nothing_of_one_machine_is_in_the_repository():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_figures_in_notebooks_are_small(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]        # the state of bars that nobody sees
-    bundles = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    book = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in book["metadata"]                                        # the state of bars that nobody sees
+    bundles = [output.get("data", {}) for cell in book["cells"] for output in cell.get("outputs", [])]
     pictures = [base64.b64decode("".join(data)) for bundle in bundles for kind, data in bundle.items() if kind in ("image/png", "image/jpeg")]
     assert all(len(picture) < FIGURE_BYTES for picture in pictures), [len(picture) for picture in pictures]
 
