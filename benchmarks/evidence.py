@@ -28,11 +28,11 @@ from PIL import Image
 from parallel_rescale import (Branch, CFG, ConsistencyGuidance, Focus, FocusedContrast, Guidance, NegativeStyle,
                               OrthogonalOnly, ParallelRescale, PersonalizationGuidance, StyleContrast, TINY_SDXL,
                               evaluate, every, finetune, interval)
-from parallel_rescale.evidence.recorded import edition, record, RECORDED
+from parallel_rescale.evidence.recorded import edition, made, of_another, record, RECORDED
 from parallel_rescale.evidence.reports import markdown_table, subject_means
 from parallel_rescale.method.consistency import consistency_guidance
 from parallel_rescale.evidence.evaluation import load_pipeline
-from parallel_rescale.tools.util import default_device, quietly, write_atomically
+from parallel_rescale.tools.util import computes_bf16, default_device, quietly, write_atomically
 from parallel_rescale.evidence.questions import judge_misses, named_rules, noise_seed, prompt_set, Steered, TRUTHS
 from parallel_rescale.evidence.statistics import metrics_of
 from parallel_rescale.evidence.scorers import asked_of
@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
 DATA = RECORDED
 SCORERS = "judge", "oracle", "leak", "shared"
 TEXT = 5.0   # ω_text: the least of the paper's, and CFG's own on this model
-DTYPE = "bfloat16"   # twice as fast as float32 where the CPU knows it
+DTYPE = "bfloat16" if computes_bf16(default_device()) else "float32"   # twice as fast where the machine knows it, else many times slower
 # Eight of the set `hard`, four photos and four styles, are what every experiment asks: a prompt that names one thing can be failed in one way only. Half of them name
 # a place that is no brick wall, so the same eight serve references in one place and in four, and two cells of a table differ in their references alone.
 ASKS = [prompt_set("hard")[i] for i in (0, 2, 7, 10, 13, 14, 16, 23)]
@@ -306,23 +306,34 @@ def command(what): return f"python benchmarks/evidence.py {what}"
 
 
 def cost(folders):
-    "On which devices the pictures of these cells were made, and what sampling and scoring one took there; a truth costs nothing."
+    "On which devices, and in which precision, the pictures of these cells were made, and what sampling and scoring one took there; a truth costs nothing."
     by_device = {}
-    for folder in folders: by_device.setdefault(json.loads((folder / "manifest.json").read_text())["device"], []).append(throughput(folder))
+    for folder in folders:
+        told = json.loads((folder / "manifest.json").read_text())
+        by_device.setdefault(f"{told['device']}, {told['dtype']}", []).append(throughput(folder))
     return {device: dict(cells=len(found), seconds_a_picture=round(sum(s["sampling"] + s["scoring"] for s in found) / sum(s["pictures"] for s in found), 3))
             for device, found in by_device.items()}
 
 
+def kept(experiment, others):
+    "Rows of the recorded table, and how they were made, of subjects that are not among `others`; none where the table is of another edition."
+    told = made(experiment, DATA)
+    if not told or of_another(experiment, DATA): return pd.DataFrame(), {}
+    table = pd.read_csv(DATA / f"{experiment}.csv").query("subject not in @others")
+    return table, dict(kept={k: told[k] for k in ("commit", "date", "dtype", "made_on", "kept") if k in told} | dict(subjects=table.subject.nunique())) if len(table) else {}
+
+
 def tabulate(work, experiment):
-    "Record the means of all subjects whose cells are complete."
+    "Record the means of all subjects whose cells are complete; other subjects that the recorded table has stay in it."
     e = EXPERIMENTS[experiment]
     complete = [name for name in e.names if all((cell(work, experiment, way, name) / ROWS).exists() for way in e.ways)]
     print(f"{experiment}: {len(complete)} of {len(e.names)} subjects")
     if not complete: return
     folders = [cell(work, experiment, way, name) for way in e.ways for name in complete]
-    table = pd.concat([pd.read_csv(folder / ROWS) for folder in folders])
-    told = dict(pictures=int(table.pictures.sum()), dtype=DTYPE, made_on=cost(folders)) if e.rows is mean_rows else dict(dtype="float32")
-    record(table, experiment, DATA, command=command(experiment), prompts=[p.text for p in e.prompts], subjects=len(complete), seeds=1, steps=e.steps, **told)
+    before, told = kept(experiment, complete)
+    table = pd.concat([before, *(pd.read_csv(folder / ROWS) for folder in folders)])
+    told |= dict(pictures=int(table.pictures.sum()), made_on=cost(folders)) if e.rows is mean_rows else dict(dtype="float32")
+    record(table, experiment, DATA, command=command(experiment), prompts=[p.text for p in e.prompts], subjects=table.subject.nunique(), seeds=1, steps=e.steps, **told)
 
 
 def counted(experiment):

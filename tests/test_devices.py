@@ -36,6 +36,7 @@ WITHOUT_DEVICE = {  # module.function → why its factories may stand without de
     "step.subject_text": "an index of a handful of rows, which indexing takes from the CPU too",
     "adapter_rows._row_scale": "its numbers are read back to see whether the dtype holds them, then moved",
     "attention_rows._column": "a number for each row, then moved",
+    "rivals.blur": "five numbers, then sent without a wait",
     "adapter_rows._placed": "stands for the device that offloading has moved the weights to: the CPU",
     "scorers._Encoder.to_references": "a table of numbers for the user, not an operand",
     "training": "the training of the embedded model draws on the CPU, so that a seed means the same on every device, and moves",

@@ -664,7 +664,7 @@ def test_interval_keeps_its_promise():
     assert levels(12)[0] < levels(100)[0] < .025 and levels(10**6)[0] == pytest.approx(.025, abs=1e-4)
     assert mean_interval([1.]) == (1., pytest.approx(np.nan, nan_ok=True), pytest.approx(np.nan, nan_ok=True)) and np.isnan(mean_interval([np.nan])[0])
     values = rng.normal(size=(12, 3))
-    estimate, low, high = interval(lambda v: v.mean(0), values)
+    estimate, low, high = interval(lambda mean: mean, values)
     assert np.allclose(estimate, values.mean(0)) and (low < estimate).all() and (estimate < high).all()
     assert np.allclose([low[0], high[0]], mean_interval(values[:, 0])[1:])
 

@@ -157,7 +157,7 @@ def test_an_experiment_from_teaching_to_its_table(evidence, tmp_path, monkeypatc
     assert table.shared_place.between(0, 1).all()
     note = made("small", tmp_path)
     assert of_another("small", tmp_path) == [] and note["pictures"] == 6 and len(note["prompts"]) == 3
-    assert note["made_on"]["cpu"]["cells"] == 1 and note["made_on"]["cpu"]["seconds_a_picture"] > 0
+    assert note["made_on"][f"cpu, {evidence.DTYPE}"]["cells"] == 1 and note["made_on"][f"cpu, {evidence.DTYPE}"]["seconds_a_picture"] > 0
 
 
 def test_p_of_a_taught_subject_beside_that_of_another_class(evidence, tmp_path, monkeypatch):
@@ -204,4 +204,12 @@ def test_several_processes_share_the_cells(evidence, tmp_path, monkeypatch):
     for cell in todo: evidence.fill(tmp_path, *cell)
     assert len(asked) == 6
     evidence.tabulate(tmp_path, "a")
-    assert pd.read_csv(tmp_path / "a.csv").subject.nunique() == 2
+    assert pd.read_csv(tmp_path / "a.csv").subject.nunique() == 2 and "kept" not in made("a", tmp_path)
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"a": evidence.Experiment(["dco"], ["inky_the_octopus"], lambda: [], rows=rows)})
+    evidence.fill(tmp_path / "elsewhere", "a", "dco", "inky_the_octopus")
+    evidence.tabulate(tmp_path / "elsewhere", "a")                                  # without the other subjects' cells
+    table, note = pd.read_csv(tmp_path / "a.csv"), made("a", tmp_path)
+    assert table.subject.nunique() == 3 and note["subjects"] == 3 and note["kept"]["subjects"] == 2
+    monkeypatch.setattr(evidence, "of_another", lambda *_: ["model"])               # what another model made goes
+    evidence.tabulate(tmp_path / "elsewhere", "a")
+    assert pd.read_csv(tmp_path / "a.csv").subject.unique().tolist() == ["inky_the_octopus"] and "kept" not in made("a", tmp_path)

@@ -24,7 +24,7 @@ from .questions import noise_seed, Steered, Truth
 from .scorers import score
 from .store import done_jobs, Job, load_scores, make_plan, open_results
 from .store import image_name, Plan, save_result, SCORES
-from ..machine.pipeline import SubjectPipeline
+from ..machine.pipeline import slice_and_tile, SubjectPipeline
 from ..machine.prompts import base_prompt, subject_prompt
 from ..tools.util import quietly, write_atomically
 
@@ -37,8 +37,7 @@ def load_pipeline(base, device: str, dtype: str, vae: str | None = None, **optio
         if vae: options["vae"] = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)
         pipe = SubjectPipeline.from_pretrained(base, torch_dtype=dtype, add_watermarker=False, **options)
     pipe.set_progress_bar_config(disable=True)
-    # see `benchmarks/memory.md`
-    if pipe.default_sample_size > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
+    slice_and_tile(pipe)
     return pipe.to(device)
 
 # %% ../../nbs/5_evidence/05_evaluation.ipynb #n009

@@ -164,21 +164,24 @@ def with_parts(trained, regime, *families) -> pd.DataFrame:
     both = set.intersection(*(set(table.subject) for table in tables))
     return pd.concat([table[table.subject.isin(both)] for table in tables])
 
-def between(family, against, trained, regime, **options) -> dict:
-    "`curves` of two families in one cell of the experiments on regimes and on the parts of the formula."
-    return curves(with_parts(trained, regime, family, against), family, against, **options)
+@lru_cache(maxsize=None)
+def between(family, against, trained, regime, score="alignment") -> dict:
+    """One of the `curves` of two families, in one cell of the experiments on regimes and on the parts of
+    the formula."""
+    return curves(with_parts(trained, regime, family, against), family, against, only=[score])[score]
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017bs
-def _curve_row(family, against, trained, regime, **options):
-    found = between(family, against, trained, regime, **options)
-    start, end = (found["alignment"][k] for k in ("from_x", "to_x"))
+def _curve_row(family, against, trained, regime):
+    alignment, identity, oracle = (between(family, against, trained, regime, score)
+                                   for score in ("alignment", "identity", "oracle"))
+    start, end = alignment["from_x"], alignment["to_x"]
     return {"references": regime, "training": NAMED[trained], "curve": family_title(family),
-            "alignment at the same identity": says(found["alignment"]),
-            "identity at the same alignment": says(found["identity"]),
-            "oracle at the same identity": says(found["oracle"]),
+            "alignment at the same identity": says(alignment),
+            "identity at the same alignment": says(identity),
+            "oracle at the same identity": says(oracle),
             "compared at identities": "–" if pd.isna(start) else f"{start:.3f} to {end:.3f}"}
 
 # %% ../../nbs/5_evidence/08_evidence.ipynb #c017
-def curve_table(families, against, **options):
+def curve_table(families, against):
     "Differences between curves, over all prompts, a row for each cell and family."
-    return markdown_table([_curve_row(f, against, *cell, **options) for cell in CELLS for f in families])
+    return markdown_table([_curve_row(f, against, *cell) for cell in CELLS for f in families])

@@ -150,11 +150,11 @@ class _Encoder(Scorer):
             return _vectors(self.encode(network, pixels.to(network.device)))
         return torch.cat([encode(part) for part in _batches(images, self.batch_size)])
 
-    def to_references(self, images, references):
-        "Mean cosine [N] of each image with the references; NaN without any."
-        if not references.images: return torch.full((len(images),), torch.nan)
+    def to_references(self, vectors, references):
+        "Mean cosine [N] of unit vectors [N, D] of images with the references'; NaN without any."
+        if not references.images: return torch.full((len(vectors),), torch.nan)
         if references not in self._known: self._known[references] = self.images(list(references.images))
-        return (self.images(images) @ self._known[references].T).mean(1)
+        return (vectors @ self._known[references].T).mean(1)
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #c018
 class DinoScorer(_Encoder):
@@ -162,7 +162,8 @@ class DinoScorer(_Encoder):
     name, default = "dino", "facebook/dinov2-base"
     metrics = {"dino": ("DINOv2 identity", 1)}
     def encode(self, network, pixels): return network(pixels).last_hidden_state[:, 0]
-    def __call__(self, images, prompts, references): return {"dino": self.to_references(images, references)}
+    def __call__(self, images, prompts, references):
+        return {"dino": self.to_references(self.images(images), references)}
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #c019
 class ClipScorer(_Encoder):
@@ -190,8 +191,9 @@ class ClipScorer(_Encoder):
 
     def __call__(self, images, prompts, references):
         texts = self.texts([base_prompt(p.text, references.class_noun) for p in prompts])
-        cosine = (self.images(images) * texts).sum(1).numpy()
-        found = {f"{self.name}_text": cosine, f"{self.name}_image": self.to_references(images, references)}
+        vectors = self.images(images)
+        cosine = (vectors * texts).sum(1).numpy()
+        found = {f"{self.name}_text": cosine, f"{self.name}_image": self.to_references(vectors, references)}
         return found | {"clip_score": clip_score(cosine)} if self.name == "clip" else found
 
 # %% ../../nbs/5_evidence/01_scorers.ipynb #n023

@@ -32,15 +32,16 @@ def levels(n_subjects: int) -> tuple[float, float]:
     return low, 1 - low
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #n010as
-def interval(statistic, # values [S, …] → number or array of numbers; called on redrawn subjects
+def interval(statistic, # mean over subjects […] → number or array of numbers
              values: np.ndarray, # [S, …], a row for each subject
              draws: int = 2000, seed: int = 0):
-    "(estimate, low, high) of a statistic, 95 % bootstrap over subjects; NaN ends for a single subject."
+    """(estimate, low, high) of a statistic of the mean, 95 % bootstrap over subjects; NaN ends for a
+    single subject."""
     values = np.asarray(values, float)
-    estimate = statistic(values)
+    estimate = statistic(values.mean(0))
     if len(values) < 2: return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
-    found = np.array([statistic(values[index]) for index in resamples(len(values), draws, seed)])
-    return estimate, *np.nanquantile(found, levels(len(values)), axis=0)
+    redrawn = values[resamples(len(values), draws, seed)].mean(1)
+    return estimate, *np.nanquantile([statistic(m) for m in redrawn], levels(len(values)), axis=0)
 
 # %% ../../nbs/5_evidence/06_statistics.ipynb #n010
 def mean_interval(values) -> tuple[float, float, float]:
@@ -212,7 +213,8 @@ def matched(table: pd.DataFrame, family: str, against: str, x: str = "alignment"
     (95 % over subjects), the common range of x, n."""
     rules, points = tradeoff_points(table, x, y)
     a, b = (points[:, _settings(rules, f)] for f in (family, against))
-    def gap(v): return curve_gap(*np.split(v.mean(0), [a.shape[1]]), least)
+    first = a.shape[1]
+    def gap(mean): return curve_gap(mean[:first], mean[first:], least)
     found = dict(zip(("difference", "low", "high"), map(float, interval(gap, np.concatenate([a, b], 1)))))
     starts, ends = zip(*((c[0, 0], c[-1, 0]) for c in (branch(v.mean(0)) for v in (a, b))))
     return dict(family=family, against=against, **found, from_x=float(max(least, *starts)),
@@ -239,9 +241,8 @@ def hypervolumes(table: pd.DataFrame, x: str = "alignment", y: str = "identity",
     groups, signs = [np.flatnonzero(rules.family == f)
                      for f in families], np.array([directed(x), directed(y)])
     origin, base = np.array(reference) * signs, families.index(against)
-    def volumes(v):
-        v = v.mean(0) * signs
-        each = np.array([hypervolume(v[g], origin) for g in groups])
+    def volumes(mean):
+        each = np.array([hypervolume((mean * signs)[g], origin) for g in groups])
         return np.stack([each, each - each[base]])
     (each, gap), (low, gap_low), (high, gap_high) = interval(volumes, points)
     return pd.DataFrame(dict(family=families, settings=list(map(len, groups)), hypervolume=each, low=low,

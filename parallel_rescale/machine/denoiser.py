@@ -15,7 +15,7 @@ import torch
 
 from .adapter_rows import (_active, _carried_out, _obstacle, _plan, adapter_layers,
                                                    check_recomputed)
-from .attention_rows import attention_rows, self_attention
+from .attention_rows import attention_rows, check_projections, self_attention
 from .architectures import argument_names, border_of, check_conditions, eager
 from .architectures import row_groups, stack_rows, take_rows
 from .clock import Clock
@@ -259,6 +259,7 @@ def _check_arguments(unet, rule, scheduler):
         raise ValueError(f"unet must be a UNet such as pipe.unet, got {type(unet).__name__}")
     if not isinstance(rule, Guidance):
         raise ValueError(f"rule must be a guidance rule such as ParallelRescale(), got {rule!r}")
+    check_projections(unet, rule)
     if scheduler is None and _counts_steps(rule):
         raise ValueError(f"{rule!r} counts steps: pass scheduler=pipe.scheduler")
 

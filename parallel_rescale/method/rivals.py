@@ -17,7 +17,7 @@ from .guidance import Adapter, Branch, Guidance, Scale
 from .rules import CFG
 from .schedules import _Wrapper
 from .projection import coefficient, project
-from ..tools.util import check_name
+from ..tools.util import check_name, to_device
 
 # %% ../../nbs/1_method/11_rivals.ipynb #r008
 def _shortened(d, norm):
@@ -97,7 +97,7 @@ class TangentialCFG(Guidance):
 def blur(x): # [B, C, H, W]
     """`x` smoothed by the 5×5 binomial kernel of Burt & Adelson (1983), its border repeated; same shape
     and dtype."""
-    taps = torch.tensor([1., 4., 6., 4., 1.], device=x.device) / 16
+    taps = to_device(torch.tensor([1., 4., 6., 4., 1.]) / 16, x.device)
     kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 5, 5)
     padded = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 2, 2, 2), mode="replicate")
     return F.conv2d(padded, kernel.to(padded.dtype), groups=x.shape[1]).to(x.dtype)

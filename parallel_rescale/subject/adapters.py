@@ -20,6 +20,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from ..machine.architectures import denoiser_of
+from ..machine.pipeline import slice_and_tile
 from ..machine.prompts import PromptEmbeds
 from ..machine.universal import unscaled
 from ..tools.util import to_device
@@ -105,8 +106,7 @@ def load_base(
         warnings.filterwarnings('ignore', '.*torch_dtype', FutureWarning)
         pipe = load_parts(base, mixed_precision, variant, revision, vae, kind)
     pipe.set_progress_bar_config(disable=True)
-    # one picture at a time, 3 GiB each at 1024², and no more for larger ones
-    if getattr(pipe, 'default_sample_size', 128) > 64: pipe.vae.enable_slicing(), pipe.vae.enable_tiling()
+    slice_and_tile(pipe)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module): part.requires_grad_(False).eval()
     check_weights(base, denoiser_of(pipe))
@@ -115,7 +115,9 @@ def load_base(
 # %% ../../nbs/3_subject/03_adapters.ipynb #c102
 def works_on(module):
     "The device a module computes on, though it may rest on another (diffusers' CPU offload)."
-    return torch.device(getattr(getattr(module, '_hf_hook', None), 'execution_device', None) or module.device)
+    hooks = (getattr(part, '_hf_hook', None) for part in module.modules())    # of all, or of each part
+    devices = (getattr(hook, 'execution_device', None) for hook in hooks)
+    return torch.device(next((d for d in devices if d is not None), module.device))
 
 @contextmanager
 def in_float32(module):
@@ -132,7 +134,7 @@ def in_float32(module):
 def encode(vae, x, name='the picture'):
     """Mean and standard deviation [B, 2, C, h, w], float32, of a VAE's posterior of pictures x [B, 3, H,
     W] in [−1, 1]; ValueError where not finite."""
-    with in_float32(vae): posterior = vae.encode(x.to(vae.device, torch.float32)).latent_dist
+    with in_float32(vae): posterior = vae.encode(x.to(works_on(vae), torch.float32)).latent_dist
     moments = torch.stack([posterior.mean, posterior.std], 1)
     if moments.isfinite().all(): return moments
     raise ValueError(

@@ -28,13 +28,15 @@ from .resuming import checkpoint_of, load_checkpoint, prepare_output
 from .resuming import references_digest, save_checkpoint, save_run
 from .settings import Settings, with_settings
 from .step import train_step
+from ..tools.util import default_device
 
 # %% ../../nbs/3_subject/13_finetune.ipynb #c085
 def collect(images, s):
     "The references, the processes that will learn them, and the settings with what was found out of both."
     references = as_references(images, s.class_noun, s.caption)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))            # while one of them paints
-    accelerator = Accelerator(log_with=s.report_to, project_dir=str(Path(s.output)/'logs'),
+    accelerator = Accelerator(cpu=default_device() == 'cpu',      # left alone, it takes an Apple GPU
+                              log_with=s.report_to, project_dir=str(Path(s.output)/'logs'),
                               kwargs_handlers=[patience])
     if accelerator.is_main_process and (note := check_references(references)): print(f"note: {note}")
     return references, accelerator, replace(s, fingerprint=references_digest(references),
@@ -160,7 +162,11 @@ def finetune(
     # what would fail at the end fails now
     if s.push_to_hub and accelerator.is_main_process: hub_repo(s.push_to_hub)
     run = load_run(references, s, accelerator)
-    prepare_output(run, checkpoint)
-    prepare(run)
-    train(run, load_checkpoint(run, checkpoint) if checkpoint else 0)
-    return save_result(run)
+    try:
+        prepare_output(run, checkpoint)
+        prepare(run)
+        train(run, load_checkpoint(run, checkpoint) if checkpoint else 0)
+        return save_result(run)
+    except BaseException:
+        vars(run).clear()        # a notebook keeps an error's frames, and with them all that lies on the card
+        raise

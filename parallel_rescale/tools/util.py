@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'check_name', 'present', 'enter', 'import_modules', 'write_atomically', 'write_json', 'default_device',
-           'to_device', 'quietly']
+           'to_device', 'computes_bf16', 'quietly']
 
 # %% ../../nbs/0_tools/01_util.ipynb #u002
 import difflib, json, logging, os, sys, warnings
@@ -98,6 +98,18 @@ def to_device(tensor, device):
     import torch
     if torch.device(device).type != "cuda": return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+# %% ../../nbs/0_tools/01_util.ipynb #u012d
+def computes_bf16(device) -> bool:
+    "Whether a device multiplies bfloat16 itself, as a default may assume; emulated, it is many times slower."
+    import torch
+    kind = torch.device(device).type
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu": return True
+    # older torch
+    if not hasattr(torch.cpu, "get_capabilities"): return torch.cpu._is_avx512_bf16_supported()
+    can = torch.cpu.get_capabilities()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))    # the last: ARM
 
 # %% ../../nbs/0_tools/01_util.ipynb #u014
 @contextmanager

@@ -23,7 +23,7 @@ from ..evidence.scorers import asked_of, Prompt, References, score
 from ..evidence.world_scorers import identity_scores
 from ..machine.clock import step_replaced
 from ..machine.flow_architectures import unpack
-from ..machine.guide import for_subject, guide, subject_of
+from ..machine.guide import beside_the_denoiser, for_subject, guide, subject_of
 from ..machine.pipeline import SubjectPipeline
 from ..machine.record import Record
 from ..machine.saved_subject import Subject
@@ -111,7 +111,8 @@ def small_picture(pipe, latents, side=32) -> Image.Image:
     scale = side / max(latents.shape[-2:])
     latents = latents[:1].float()
     if scale < 1: latents = torch.nn.functional.interpolate(latents, scale_factor=scale, mode="area")
-    return pipe.image_processor.postprocess(decode(pipe.vae, latents), output_type="pil")[0]
+    with beside_the_denoiser(pipe.vae): picture = decode(pipe.vae, latents)
+    return pipe.image_processor.postprocess(picture, output_type="pil")[0]
 def preview_steps(steps, n=8) -> list[int]:
     "Which of the steps are shown: `n` of them, the first and the last among them."
     return sorted({round(i) for i in np.linspace(0, steps - 1, n).tolist()})

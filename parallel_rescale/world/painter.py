@@ -19,8 +19,8 @@ from ..tools.util import write_json
 from .captions import build_tokenizer, MAX_TOKENS
 from .pictures import render_dataset
 from .scenes import ATTRIBUTES, STYLES
-from .training import as_tensor, min_snr_mse, picture_loss, save_atomically
-from .training import signal_to_noise, stage
+from .training import as_tensor, in_precision, min_snr_mse, picture_loss
+from .training import save_atomically, signal_to_noise, stage
 
 
 # %% ../../nbs/4_world/09_painter.ipynb #c005
@@ -94,7 +94,7 @@ def psnr_by_style(vae, pictures, labels, device="cpu"):
 @torch.no_grad()
 def _latents(vae, pictures, device, precision):
     "Means of `pictures`' latents, float16 [N, C, 16, 16]."
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+    with in_precision(device, precision):
         return torch.cat([vae.encode(as_tensor(pictures[i:i+256], device)).latent_dist.mean.half().cpu()
                           for i in range(0, len(pictures), 256)])
 

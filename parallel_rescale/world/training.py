@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG_STEPS', 'CHECKPOINT_SECONDS', 'MIN_SNR', 'learning_rate', 'save_atomically', 'ema_update', 'begin', 'keep',
-           'take_up', 'train_step', 'train', 'save_weights', 'load_start', 'stage', 'as_tensor', 'picture_loss',
-           'build_scheduler', 'signal_to_noise', 'min_snr_mse']
+           'take_up', 'in_precision', 'train_step', 'train', 'save_weights', 'load_start', 'stage', 'as_tensor',
+           'picture_loss', 'build_scheduler', 'signal_to_noise', 'min_snr_mse']
 
 # %% ../../nbs/4_world/08_training.ipynb #c002
 import math, time
@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..subject.checkpoints import interruptible, step_generator
-from ..tools.util import write_json
+from ..tools.util import computes_bf16, write_json
 
 # %% ../../nbs/4_world/08_training.ipynb #c007
 def learning_rate(peak, step, steps, warmup=200):
@@ -60,15 +60,19 @@ def take_up(run, file):
     for name in _LEARNED: run[name].load_state_dict(kept.pop(name))
     return dict(run, **kept)
 
+# %% ../../nbs/4_world/08_training.ipynb #c009e1
+def in_precision(device, precision):
+    'A context that computes in bfloat16 where `precision` is "bf16" and the device can do so itself.'
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16" and computes_bf16(kind))
+
 # %% ../../nbs/4_world/08_training.ipynb #c009e
 def train_step(run, loss_fn, rate, generator, precision="fp32"):
     """One step of `run` down `loss_fn(step, generator) -> (loss, dict of numbers)` at learning rate `rate`;
     returns the numbers. FloatingPointError where the loss is not finite."""
     model, optimizer, step = run["model"], run["optimizer"], run["step"]
     for group in optimizer.param_groups: group["lr"] = rate
-    kind = next(model.parameters()).device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
-        loss, numbers = loss_fn(step, generator)
+    with in_precision(next(model.parameters()).device, precision): loss, numbers = loss_fn(step, generator)
     if not torch.isfinite(loss): raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
     optimizer.zero_grad(); loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
