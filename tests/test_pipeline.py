@@ -393,6 +393,22 @@ def test_offloading(folders):
     assert order.index("unet") == len(order) - 3 and order[-3:] == ["unet"] * 3   # the encoders first, then one UNet call a step
 
 
+@pytest.mark.parametrize("method,device", [("enable_model_cpu_offload", "meta"), ("enable_sequential_cpu_offload", "cpu")])
+def test_offloading_survives_a_subject(folders, monkeypatch, method, device):
+    "diffusers puts its hooks back for the device that it finds the text encoders on: offloaded, that is the CPU. 'meta' stands for the card."
+    from types import SimpleNamespace
+    monkeypatch.setattr(torch, "meta", SimpleNamespace(empty_cache=lambda: None), raising=False)
+    pipe = load_tiny_sdxl(SubjectPipeline, device="cpu")
+    words = len(pipe.tokenizer), pipe.text_encoder.get_input_embeddings().weight.clone()
+    getattr(pipe, method)(device=device)
+    for _ in range(2): pipe.load_subject(folders / "dog")          # the second time in place of the first
+    assert pipe._offload_device.type == device and hasattr(pipe.text_encoder, "_hf_hook") and hasattr(pipe.unet, "_hf_hook")
+    pipe.unload_subject()
+    assert pipe._offload_device.type == device and hasattr(pipe.text_encoder_2, "_hf_hook")
+    pipe.remove_all_hooks()
+    assert len(pipe.tokenizer) == words[0] and torch.equal(pipe.text_encoder.get_input_embeddings().weight, words[1])
+
+
 # --- bad input ---
 
 def test_rules_that_need_a_subject(base):

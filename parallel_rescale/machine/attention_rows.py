@@ -29,10 +29,16 @@ def self_attention(model, words: tuple) -> list:
     return [m() for m in known[words]]
 
 # %% ../../nbs/2_machine/02_attention_rows.ipynb #a005b
+def _fused(part):
+    "Whether an attention layer reads fused projections: a UNet's says so by its processor alone."
+    if hasattr(part, "unfuse_projections"): return part.fused_projections
+    return "Fused" in type(getattr(part, "processor", None)).__name__
+
+# %% ../../nbs/2_machine/02_attention_rows.ipynb #a005b1
 def check_projections(model, rule):
     "ValueError where attention reads fused projections and a LoRA, or a change of attention, would be lost."
     asks = getattr(model, "peft_config", None) or any(branch.attention for branch in rule.branches)
-    if asks and any(getattr(part, "fused_projections", False) for part in model.modules()):
+    if asks and any(map(_fused, model.modules())):
         raise ValueError("unet: its attention reads fused projections, which know neither LoRA nor changes "
                          "of attention; call unfuse_qkv_projections() first")
 

@@ -82,6 +82,7 @@ def _offload_of(pipe) -> str | None:
     return ("enable_model_cpu_offload" if CpuOffload in kinds else
             "enable_sequential_cpu_offload" if AlignDevicesHook in kinds else None)
 
+# %% ../../nbs/2_machine/09_guide.ipynb #c022d1
 @contextmanager
 def without_offload(pipe):
     "Inside, a pipeline has no CPU offload; afterwards it is back, for the device that it had."
