@@ -174,7 +174,7 @@ def test_figures_in_notebooks_are_small(path):
     book = json.loads(path.read_text(encoding="utf-8"))
     assert "widgets" not in book["metadata"]                                        # the state of bars that nobody sees
     texts = ["".join(o["data"].get("text/plain", "")) for c in book["cells"] for o in c.get("outputs", []) if o["output_type"] == "display_data"]
-    assert not [t for t in texts if re.search(r"\d+%\|.*\| \d+/\d+ \[", t)], "a progress bar that stands still for good: run the chapter with TQDM_DISABLE=1"
+    assert not [t for t in texts if re.search(r"\d+%\|.*\| \d+/\d+ \[", t)], "a progress bar that stands still for good: clear it before the chapter is stored"
     bundles = [output.get("data", {}) for cell in book["cells"] for output in cell.get("outputs", [])]
     pictures = [base64.b64decode("".join(data)) for bundle in bundles for kind, data in bundle.items() if kind in ("image/png", "image/jpeg")]
     assert all(len(picture) < FIGURE_BYTES for picture in pictures), [len(picture) for picture in pictures]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel_rescale.tools.embedded import load_tiny_sdxl
+from parallel_rescale.tools.util import computes_bf16
 from parallel_rescale.world.captions import MAX_TOKENS
 from parallel_rescale.world.judge import Judge, load_judge, supervised_contrastive
 from parallel_rescale.world.painter import Painter
@@ -175,7 +176,7 @@ def painter(folder, seconds, device, room, batch, peak):
 
     def loss_of(network, clean, words, t, noise):
         a = (snr[t] / (1 + snr[t])).view(-1, 1, 1, 1)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False): prediction = network(a.sqrt() * clean + (1 - a).sqrt() * noise, t, words)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, computes_bf16(device), cache_enabled=False): prediction = network(a.sqrt() * clean + (1 - a).sqrt() * noise, t, words)
         return min_snr_mse(prediction, noise, snr[t])[0]
 
     def step():
@@ -228,7 +229,7 @@ def judge(folder, seconds, device, room, batch, peak):
         seen = pictures[who].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
         truth = labels[who].flatten(0, 1).long()
         level = torch.rand(len(seen), 1, 1, 1, device=device) * .08
-        with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False): answers = model(seen + level * torch.randn(seen.shape, device=device))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, computes_bf16(device), cache_enabled=False): answers = model(seen + level * torch.randn(seen.shape, device=device))
         heads = [F.cross_entropy(answers[name].float(), truth[:, i], ignore_index=-1, reduction="sum") / (truth[:, i] >= 0).sum().clamp(min=1) for i, name in enumerate(ATTRIBUTES)]
         target = state["vector"][who].repeat_interleave(EACH, 0)
         return sum(heads) + 2 * F.mse_loss(answers["vector"].float(), target) + supervised_contrastive(answers["identity"].float(), who.repeat_interleave(EACH))
