@@ -364,7 +364,7 @@ def failures(work):
     def picture(row): return Image.open(Path(row.folder) / image_name(row.subject, row.rule, row.prompt, row.seed, "webp")).convert("RGB")
     grid, frames = ([[of(row) for row in cell.itertuples()] for cell in rows] for of in (picture, lambda row: "red" if getattr(row, row.worst) < .5 else None))
     labels = [f"{c.worst[0]} ({c.trained[0]}): {c.text[0].replace('{subject}', c.subject[0].split('_')[0].title())}" for c in rows]
-    image_grid(grid, labels, rules, title="Where every rule fails: the same noise in each row", scale=2, frames=frames).quantize(256).save(FIGURE)
+    image_grid(grid, labels, rules, title="The worst picture by each score: the same noise in each row", scale=2, frames=frames).quantize(256).save(FIGURE)
     columns = ["worst", *key, "rule", "family", "kind", *(m for m in metrics_of(table) if m in table and "photo" not in m)]
     record(pd.concat(rows)[columns].round(3), "failures", DATA, command=command("failures"), rules=rules)
 

@@ -38,6 +38,7 @@ part_b() {   # in the half precision that this card computes by itself
   local dtype=$([ "$half" = bf16 ] && echo bfloat16 || echo float16)
   local sdxl="--base random-sdxl --device cuda --dtype $dtype --rank 32 --batches 1 --steps 6 --repeats 3"
   limited 120 denoiser_sdxl python benchmarks/denoiser.py $sdxl --output "$OUT/denoiser-sdxl.md"
+  limited 120 picture python benchmarks/picture.py --device cuda --dtype "$dtype" --output "$OUT/picture.md"
   limited 150 denoiser_sdxl_compiled python benchmarks/denoiser.py $sdxl --compile regional --output "$OUT/denoiser-sdxl-compiled.md"
   limited 150 finetune_sdxl python benchmarks/finetune.py --size sdxl --device cuda --precision "$half" --output "$OUT/finetune-sdxl.md"
   # teach, save, load, sample, resume at full size, fp16 too; its last line tells seconds and memory

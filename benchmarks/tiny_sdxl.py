@@ -44,7 +44,7 @@ def lines(score):
         *("| " + " | ".join(row) + " |" for row in rows), "",
         f"Fréchet distance in the judge's features to as many fresh renders: {found['frechet']:.3f}, where two sets of renders are",
         f"{found['floor']:.3f} apart (both fall with the number of pictures). On {score['held_out']['n']:,} prompts with a pair of attributes that no training",
-        f"picture showed, one subject: alignment {percent(held[0])}, true renders {percent(held[1])}.", "",
+        f"picture showed, where they have one subject: alignment {percent(held[0])}, true renders {percent(held[1])}.", "",
         f"The judge itself on {score['judged_renders']:,} fresh renders, right in percent (expected calibration error): {sure}.", ""])
 
 

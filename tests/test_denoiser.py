@@ -109,7 +109,7 @@ def test_prompt_lists_and_several_pictures(pipe):
 
 def test_one_row_of_a_prompt_serves_the_whole_batch(pipe):
     with guided(pipe.unet, CFG(4.0, adapter=0), embeds(pipe, 3)): many = sample(pipe, n=3)
-    with guided(pipe.unet, CFG(4.0, adapter=0), embeds(pipe, 1)): assert torch.allclose(sample(pipe, n=3), many, atol=1e-4)
+    with guided(pipe.unet, CFG(4.0, adapter=0), embeds(pipe, 1)): assert torch.allclose(sample(pipe, n=3), many, atol=3e-4)     # 1.2e-4 on a CPU with AVX2
 
 
 def test_image_to_image(pipe):

@@ -452,9 +452,9 @@ def test_interrupted_and_gone_on(whole, cases, tmp_path):
 @pytest.mark.parametrize("dtype,unit", [("bfloat16", 2.0**-9), ("float16", 2.0**-12)])
 def test_an_evaluation_in_half_precision(whole, cases, dtype, unit, tmp_path):
     "The brightness of a picture is a mean over its pixels, in which roundings (some ten a pixel, see test_pipeline) do not add up."
-    table = evaluate(cases, **SMALL | dict(device=None), dtype=dtype, output=tmp_path / "half")
+    table = evaluate(cases, **SMALL | dict(device=None, seeds=1, rules=SMALL["rules"][:1]), dtype=dtype, output=tmp_path / "half")     # few: most CPUs emulate it
     paired = table.merge(whole[0], on=["subject", "rule", "prompt", "seed", "noise"], suffixes=("", "_whole"))
-    assert len(paired) == len(whole[0]) and np.isfinite(table.brightness).all()
+    assert len(paired) == len(table) == len(whole[0]) // 4 and np.isfinite(table.brightness).all()
     drawn = [torch.randn(5120, generator=torch.Generator().manual_seed(0), dtype=d).float() for d in (torch.float32, getattr(torch, dtype))]
     if (drawn[0] - drawn[1]).abs().max() > 16 * unit: return                    # a torch that draws other noise in half precision
     assert 0 < (paired.brightness - paired.brightness_whole).abs().max() < 20 * unit * max(1, whole[0].brightness.abs().max())
