@@ -121,7 +121,7 @@ def block(tests=None) -> str:
         "`SubjectPipeline` all predictions come from one call (as a [diffusers guider](6_use/06_guider.ipynb): one call each); `every(rule, k)` asks in "
         "full on every k-th step only. *Memory*: GiB of activations of that step for one picture of 1024² at SDXL's size in fp16, beside "
         f"{weights()} of weights. "
-        "Tensors alive at once were counted ([`benchmarks/memory.md`](../benchmarks/memory.md), which has other sizes too; a fine-tuning step measured on a card agrees), and kernels borrow one or two GiB more. "
+        "Tensors alive at once were counted ([`benchmarks/memory.md`](../benchmarks/memory.md), which has other sizes too; a fine-tuning step on a card agrees), and kernels borrow one or two GiB more. "
         f"`max_rows=1` gives each prediction a call of its own and takes {spread(row[3] for row in counted('A step of each rule').values())} whatever the rule. "
         "[Universal guidance](2_machine/12_universal.ipynb) keeps what its gradient needs, most of it the decoder's, in float32.",
         table(rule_rows()),
