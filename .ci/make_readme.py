@@ -47,6 +47,7 @@ def make_readme(root=ROOT):
 
 if __name__ == "__main__":
     text, pictures = make_readme()
+    for old in Path(ROOT, IMAGES).glob("index_*.png"): old.unlink()     # of cells that have moved
     for path, data in pictures.items():
         Path(ROOT, path).parent.mkdir(parents=True, exist_ok=True)
         Path(ROOT, path).write_bytes(data)

@@ -242,7 +242,8 @@ def hypervolumes(table: pd.DataFrame, x: str = "alignment", y: str = "identity",
                      for f in families], np.array([directed(x), directed(y)])
     origin, base = np.array(reference) * signs, families.index(against)
     def volumes(mean):
-        each = np.array([hypervolume((mean * signs)[g], origin) for g in groups])
+        mean = mean * signs
+        each = np.array([hypervolume(mean[g], origin) for g in groups])
         return np.stack([each, each - each[base]])
     (each, gap), (low, gap_low), (high, gap_high) = interval(volumes, points)
     return pd.DataFrame(dict(family=families, settings=list(map(len, groups)), hypervolume=each, low=low,
